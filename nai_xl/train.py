@@ -28,6 +28,7 @@ from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
 from nai_xl.engine.memory import process_wide
+from nai_xl.engine.memory.attention import refuse_two_attentions
 from nai_xl.engine.memory.together import refuse_misfits
 from nai_xl.engine.optimizer import LearningRate
 from nai_xl.engine.run_dir import RunDirectory
@@ -68,6 +69,7 @@ class Job:
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
         self.memory, self.evals = self._several("memory"), self._several("evals")
         refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.settings.mixed_precision)
+        refuse_two_attentions(self.memory)
         name = self.cfg.name or "-".join(self.choices.get(group, group) for group in HEADLINE)
         self.home = RunDirectory(Path(self.cfg.output_dir) / f"{name}-{config.signature(self.cfg)}")
 

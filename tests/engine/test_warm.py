@@ -116,7 +116,7 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without_it(
         return seconds
 
     monkeypatch.setattr("nai_xl.train.warm_up", counted)
-    overrides = ["memory=[compile]", "run.max_images=12", "evals=[]"]
+    overrides = ["memory=[compile]", "run.max_images=12", "~evals.sample_grid"]
     warmed = run(small(*overrides, "name=warm"))
     assert made == [14] and counters["stats"]["unique_graphs"] == 0  # not one graph is left for the steps themselves
     told = [row["perf/compile_seconds"] for row in all_rows(warmed) if "perf/compile_seconds" in row]
@@ -131,5 +131,5 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without_it(
 def test_runs_that_compile_nothing_do_not_warm_up(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm, "warm_up", None)
     monkeypatch.setattr("nai_xl.train.warm_up", None)
-    folder = run(small("run.max_images=2", "evals=[]", "memory=[]"))
+    folder = run(small("run.max_images=2", "~evals.sample_grid", "memory=[]"))
     assert not any("perf/compile_seconds" in row for row in all_rows(folder))
