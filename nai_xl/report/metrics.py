@@ -66,7 +66,7 @@ class Meter:
         self.norms: list[Tensor] = []
         self.collected: list[Tensor] = []
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
-        self.shapes: Counter[tuple[int, int, int]] = Counter()  # height, width, tokens -> images
+        self.shapes: Counter[tuple[int, int, int]] = Counter()  # short side, long side, tokens -> images
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -83,8 +83,8 @@ class Meter:
         self.images += len(batch)
         self.waited += waited
         if self.flops is not None:
-            height, width = (8 * side for side in batch.latents.shape[2:])
-            self.shapes[height, width, batch.context.shape[1]] += len(batch)
+            short, long = sorted(8 * side for side in batch.latents.shape[2:])  # a canvas costs the same on its side
+            self.shapes[short, long, batch.context.shape[1]] += len(batch)
 
     def add_grad_norm(self, norm: Tensor) -> None:
         """The gradient's norm before clipping, a scalar on the device."""

@@ -25,6 +25,7 @@ from nai_xl.types import Batch, Tracker
 
 Steps = Annotated[int, Field(ge=0)]
 COSTLIEST = 10
+ATTENTION = {"sdpa", "flash", "cudnn", "math", "attention_slicing"}  # memory actions that say how attention is computed
 SILENT = "6"  # Kineto's log level above which it says nothing; on a CPU it only tells that it starts and stops
 
 
@@ -88,7 +89,7 @@ class Profiler(NoProfiler):
             activities.append(ProfilerActivity.CUDA)
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
-        window = schedule(wait=wait, warmup=warmup, active=min(active, steps - wait - warmup), repeat=1)
+        window = schedule(wait=wait, warmup=warmup, active=max(1, min(active, steps - wait - warmup)), repeat=1)
         self.torch = profile(activities=activities, schedule=window, on_trace_ready=self._ready)
         self.done, self.images, self.number = False, 0, 0
         self.mark: record_function | None = None
@@ -179,7 +180,7 @@ def advice(found: Summary, setup: Setup, *, on_gpu: bool) -> list[str]:
             f"{share[MEMORY]:.0%} goes to memory-bound operators: {setup.memory_with('compile')} fuses neighbours "
             "into one."
         )
-    if kind["softmax"] > 0.02 and not {"sdpa", "attention_slicing"} & {*setup.memory}:
+    if kind["softmax"] > 0.02 and not ATTENTION & {*setup.memory}:
         said.append(f"Attention is not fused (softmax {kind['softmax']:.0%}): {setup.memory_with('sdpa')} is.")
     if kind["optimizer"] > 0.15:
         said.append(

@@ -151,22 +151,32 @@ class _Host:
 
     def read(self, events: Sequence[Event], waiting: Sequence[Interval]) -> None:
         """Take in one thread. What the loader does in this thread is part of waiting for it."""
-        for event, own, outermost in _nested(events):
-            name = str(event["name"])
-            self.compiling |= "(dynamo_timed)" in name
-            if _holds(waiting, event):
+        for call in _nested(events):
+            self.compiling |= "(dynamo_timed)" in call.name
+            if _holds(waiting, call.event):
                 continue
-            if event.get("cat") != "cpu_op":
-                if name.startswith("cuda") and name.endswith("Synchronize"):
-                    self.waits[outermost or "Python"] += 1
+            if call.event.get("cat") != "cpu_op":
+                if call.name.startswith("cuda") and call.name.endswith("Synchronize"):
+                    self.waits[call.outermost or "Python"] += 1
                 continue
-            if name == "aten::_local_scalar_dense":
-                self.reads[outermost or name] += 1
-            if _is_operator(event):
-                self.operators += outermost is None
-                cost = self.spent[name, *classify(name)]
-                cost[0] += own
-                cost[1] += 1
+            if call.name == "aten::_local_scalar_dense":
+                self.reads[call.outermost or call.name] += 1
+            if _is_operator(call.event):
+                self.operators += call.outermost is None
+                cost = self.spent[call.name, *classify(call.name)]
+                cost[0] += call.own
+                cost[1] += call.inside != call.name  # an overload that calls another is one call
+
+
+@dataclass
+class _Call:
+    """An event on the host: its name, the time that no operator inside it has, and the operators around it."""
+
+    event: Event
+    name: str
+    own: float
+    inside: str | None  # the innermost
+    outermost: str | None
 
 
 def _is_operator(event: Event) -> bool:
@@ -175,22 +185,25 @@ def _is_operator(event: Event) -> bool:
     return event.get("cat") == "cpu_op" and (compiled or ("::" in name and not SOFTWARE.match(name)))
 
 
-def _nested(events: Iterable[Event]) -> list[tuple[Event, float, str | None]]:
-    """Every event of a thread, the time that no operator inside it has, and the outermost operator around it."""
-    found: list[tuple[Event, float, str | None]] = []
-    own: dict[int, float] = {}
-    stack: list[tuple[int, Event, str | None]] = []
-    for place, event in enumerate(sorted(events, key=lambda event: (event["ts"], -event["dur"]))):
-        while stack and event["ts"] >= _span(stack[-1][1])[1]:
-            stack.pop()
-        own[place] = float(event["dur"])
-        holder = next((i for i, outer, _ in reversed(stack) if outer.get("cat") == "cpu_op"), None)
-        if holder is not None and event.get("cat") == "cpu_op":
-            own[holder] -= own[place]
-        around = stack[-1][2] if stack else None
-        found.append((event, 0.0, around))
-        stack.append((place, event, around or (str(event["name"]) if _is_operator(event) else None)))
-    return [(event, own[place], around) for place, (event, _, around) in enumerate(found)]
+def _nested(events: Iterable[Event]) -> list[_Call]:
+    """The events of one thread in the order of their beginnings."""
+    calls: list[_Call] = []
+    around: list[_Call] = []
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        while around and event["ts"] >= _span(around[-1].event)[1]:
+            around.pop()
+        parent = around[-1] if around else None
+        inside = outermost = None
+        if parent is not None:
+            inside = parent.name
+            outermost = parent.outermost or (parent.name if _is_operator(parent.event) else None)
+        call = _Call(event, str(event["name"]), float(event["dur"]), inside, outermost)
+        calls.append(call)
+        if event.get("cat") == "cpu_op":  # marks and calls of the driver take no time from the operator around them
+            if parent is not None:
+                parent.own -= call.own
+            around.append(call)
+    return calls
 
 
 def _on_device(event: Event) -> bool:
