@@ -203,7 +203,10 @@ def _advice_on_gpu(found: Summary, setup: Setup, kind: Mapping[str, float]) -> I
         )
     if kind["copies"] > 0.1 and not exact and "bf16_weights" not in setup.memory:
         without = setup.memory_with("bf16_weights")
-        yield f"Copies take {kind['copies']:.0%}, autocast's casts among them: {without} needs none."
+        yield (
+            f"Copies take {kind['copies']:.0%}, autocast's casts among them: {without} optimizer=adamw_bf16 "
+            "run.mixed_precision=no needs none."
+        )
     if kind["copies"] > 0.1 and "channels_last" not in setup.memory:
         yield f"Copies take {kind['copies']:.0%}, changes of layout among them: {setup.memory_with('channels_last')}."
     if found.bounds[COMMUNICATION] > 0.15:
