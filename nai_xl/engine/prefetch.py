@@ -10,8 +10,10 @@ from nai_xl.types import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Every batch on `device`. On a GPU it is copied on a stream of its own: the host, which never waits in a step, asks
-    for a batch while the device still computes on those before, and the copy runs beside that.
+    """Every batch on `device`. On a GPU it is copied on a stream of its own.
+
+    The host never waits in a step, so it asks for a batch while the device still computes on those before it, and the
+    copy runs beside that.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
