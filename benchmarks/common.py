@@ -241,14 +241,21 @@ class _Job(entry.Job):
         pass
 
 
-def training(overrides: Sequence[str], unet: nn.Module, data: Encoded, world: Path) -> tuple[RunSettings, Training]:
+def training(
+    overrides: Sequence[str],
+    unet: nn.Module,
+    data: Encoded,
+    folder: Path,
+    *,
+    storage: AbstractContextManager[Any] | None = None,
+) -> tuple[RunSettings, Training]:
     """What `python -m nai_xl.train` with these overrides gives its loop, for this network and these cached samples.
 
     The run's own code assembles it, so what is measured is what users get. Checkpoints, evaluation and the tracker are
-    off. `world` is a folder for what a run writes.
+    off. `folder` is for what a run writes; `storage` is the mode of tensors to assemble it in.
     """
     quiet_libraries()
-    cfg = config.compose([f"output_dir={world}", "evals=[]", *overrides])
+    cfg = config.compose([f"output_dir={folder}", "evals=[]", *overrides])
     config.check(cfg)
     job = _Job(cfg, {})
     job._begin()
@@ -260,8 +267,14 @@ def training(overrides: Sequence[str], unet: nn.Module, data: Encoded, world: Pa
         raise _Caught
 
     components: Any = Components(unet, None, (None, None), (None, None))  # type: ignore[arg-type]
-    checkpoints = job.build(cfg.checkpoint, dir=world / "checkpoints", keep=1)
-    with mock.patch.object(entry, "train", door), mock.patch.object(entry.plots, "method"), suppress(_Caught):
+    checkpoints = job.build(cfg.checkpoint, dir=folder / "checkpoints", keep=1)
+    with (
+        mock.patch.object(entry, "train", door),
+        mock.patch.object(entry.plots, "method"),  # the picture of the method reads values, and is not training
+        mock.patch.object(entry, "diagnose"),
+        suppress(_Caught),
+        storage or nullcontext(),
+    ):
         job._train(components, data, checkpoints, entry.NoTracker(), entry.Stop(), 10**9)
     parts = caught[0]
     parts.checkpoints = NoCheckpoints()  # type: ignore[assignment]

@@ -53,7 +53,7 @@ class Count(TorchDispatchMode):
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
-        """For common.watched: what is called inside the network, the backward pass or the optimizer counts as theirs."""
+        """For common.watched: what runs inside the network, the backward pass or the optimizer counts as theirs."""
         before = self.part
         self.part = NAMES.get(name, before) if before == "rest" else before
         try:
@@ -116,36 +116,46 @@ def _caller() -> str:
 
 def our_steps(size: str, resolution: int, batch: int, overrides: Sequence[str], steps: int) -> Count:
     """Operators of `steps` steps of our loop between two reports, after two that warm it up."""
-    count = Count()
-    with tempfile.TemporaryDirectory() as folder, _storage(size), count:
-        unet = network(size)
+    count, storage = Count(), _storage(size)
+    with tempfile.TemporaryDirectory() as folder:
+        with storage:
+            unet = network(size)
         overrides = [*overrides, "ema=none", f"run.batch_size={batch}", "run.log_every=1000000"]
         shape = shapes(unet, resolution)
-        settings, parts = training(overrides, unet, random_data(shape, batch, MemoryCache()), Path(folder))
+        data = random_data(shape, batch, MemoryCache())
+        settings, parts = training(overrides, unet, data, Path(folder), storage=storage)
         parts.meter.read = lambda **_: {}  # the report at the end of what is run here
-        parts.batches = itertools.repeat(random_batch(shape, batch, parts.accelerator.device))
-        train(settings, parts, start=0, steps=2, stop=Stop())
-        count.clear()
-        with watched(parts, count.around), HostReads(count):
-            train(settings, parts, start=2, steps=2 + steps, stop=Stop())
+        with storage, count:
+            parts.batches = itertools.repeat(random_batch(shape, batch, parts.accelerator.device))
+            train(settings, parts, start=0, steps=2, stop=Stop())
+            count.clear()
+            with watched(parts, count.around), HostReads(count):
+                train(settings, parts, start=2, steps=2 + steps, stop=Stop())
     return count
 
 
 def bare_steps(size: str, resolution: int, batch: int, precision: str, steps: int) -> Count:
     """The same of the bare loop."""
-    count, device = Count(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = Count()
     with _storage(size), count:
-        unet = network(size).to(device).train()
-        bare = Bare(unet, torch.optim.AdamW(unet.parameters(), fused=True), device, precision)
-        batches = itertools.repeat(random_batch(shapes(unet, resolution), batch, device))
+        unet = network(size).to(DEVICE).train()
+        bare = Bare(unet, torch.optim.AdamW(unet.parameters(), fused=True), DEVICE, precision)
+        batches = itertools.repeat(random_batch(shapes(unet, resolution), batch, DEVICE))
         bare.steps(batches, 2)
         count.clear()
         bare.steps(batches, steps, count.around)
     return count
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def network(size: str) -> Any:
-    return tiny_sdxl(seed=0).unet if size == "tiny" else random_unet(seed=0)
+    if size == "tiny":
+        return tiny_sdxl(seed=0).unet
+    unet = random_unet(seed=0, device=DEVICE)
+    unet.to = lambda *_, **__: unet  # it is in place, and torch cannot move fake parameters
+    return unet
 
 
 def _storage(size: str) -> AbstractContextManager[Any]:
