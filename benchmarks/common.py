@@ -252,7 +252,8 @@ def training(
     """What `python -m nai_xl.train` with these overrides gives its loop, for this network and these cached samples.
 
     The run's own code assembles it, so what is measured is what users get. Checkpoints, evaluation and the tracker are
-    off. `folder` is for what a run writes; `storage` is the mode of tensors to assemble it in.
+    off. `folder` is for what a run writes; `storage` is a mode of tensors to assemble it in, without
+    a loader.
     """
     quiet_libraries()
     cfg = config.compose([f"output_dir={folder}", "evals=[]", *overrides])
@@ -268,11 +269,14 @@ def training(
 
     components: Any = Components(unet, None, (None, None), (None, None))  # type: ignore[arg-type]
     checkpoints = job.build(cfg.checkpoint, dir=folder / "checkpoints", keep=1)
+    # tensors without values cannot draw the seed that every loader begins with
+    loader = mock.patch.object(entry, "batches", return_value=()) if storage else nullcontext()
     with (
         mock.patch.object(entry, "train", door),
         mock.patch.object(entry.plots, "method"),  # the picture of the method reads values, and is not training
         mock.patch.object(entry, "diagnose"),
         suppress(_Caught),
+        loader,
         storage or nullcontext(),
     ):
         job._train(components, data, checkpoints, entry.NoTracker(), entry.Stop(), 10**9)
