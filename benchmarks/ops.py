@@ -19,12 +19,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import RESULTS, Bare, Row, command, random_batch, random_data, shapes, table, training, watched, write
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nai_xl.data.cache import MemoryCache
@@ -63,6 +65,8 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if func.namespace == "prim":
+            return func(*args, **(kwargs or {}))  # a fake tensor is asked for its device in this way
         self.ops[self.part][name] += 1
         by_mask = name.startswith("index") and any(_is_mask(index) for index in _indices(args))
         if name in WAITS or by_mask:
@@ -117,7 +121,7 @@ def _caller() -> str:
 def our_steps(size: str, resolution: int, batch: int, overrides: Sequence[str], steps: int) -> Count:
     """Operators of `steps` steps of our loop between two reports, after two that warm it up."""
     count, storage = Count(), _storage(size)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _fakes_are_plain():
         with storage:
             unet = network(size)
         overrides = [*overrides, "ema=none", f"run.batch_size={batch}", "run.log_every=1000000"]
@@ -137,7 +141,7 @@ def our_steps(size: str, resolution: int, batch: int, overrides: Sequence[str], 
 def bare_steps(size: str, resolution: int, batch: int, precision: str, steps: int) -> Count:
     """The same of the bare loop."""
     count = Count()
-    with _storage(size), count:
+    with _storage(size), _fakes_are_plain(), count:
         unet = network(size).to(DEVICE).train()
         bare = Bare(unet, torch.optim.AdamW(unet.parameters(), fused=True), DEVICE, precision)
         batches = itertools.repeat(random_batch(shapes(unet, resolution), batch, DEVICE))
@@ -161,6 +165,11 @@ def network(size: str) -> Any:
 def _storage(size: str) -> AbstractContextManager[Any]:
     """Fake tensors for the full model. The run's own tables are real ones, hence allow_non_fake_inputs."""
     return nullcontext() if size == "tiny" else FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fakes_are_plain() -> AbstractContextManager[Any]:
+    """torch clips plain tensors with a foreach call and all others one by one: fake ones are to be taken for plain."""
+    return mock.patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, FakeTensor])
 
 
 def row(arm: str, count: Count, steps: int) -> Row:
