@@ -184,7 +184,7 @@ class Watched:
         return Watched(found, f"{self._name}.{attribute}", self._around)
 
 
-WATCHED = ("accelerator", "unet", "optimizer", "lr", "objective", "ema", "batches", "meter")
+WATCHED = ("accelerator", "unet", "update", "lr", "objective", "ema", "batches", "meter")
 
 
 @contextmanager
@@ -392,11 +392,9 @@ class Bare:
                 loss = self.loss(batch, around)
             with around("accelerator.backward"):
                 loss.backward()
-            with around("accelerator.clip_grad_norm_"):
+            with around("update"):
                 norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            with around("optimizer.step"):
                 self.optimizer.step()
-            with around("optimizer.zero_grad"):
                 self.optimizer.zero_grad()
             self.losses.append(loss.detach())
             self.norms.append(norm)

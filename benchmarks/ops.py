@@ -35,8 +35,8 @@ from nai_xl.model.random import random_unet
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.types import Bucket
 
-PARTS = ("forward", "backward", "optimizer", "rest")
-NAMES = {"unet": "forward", "accelerator.backward": "backward", "optimizer.step": "optimizer", "batches": "data"}
+PARTS = ("forward", "backward", "update", "rest")
+NAMES = {"unet": "forward", "accelerator.backward": "backward", "update": "update", "batches": "data"}
 WAITS = frozenset(
     "_local_scalar_dense equal nonzero masked_select _unique2 unique_dim unique_consecutive is_nonzero item".split()
 )
@@ -49,13 +49,13 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = "rest"
+        self.part, self.work = "rest", 0
         self.ops: dict[str, Counter[str]] = {part: Counter() for part in (*PARTS, "data")}
         self.waits: Counter[str] = Counter()
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
-        """For common.watched: what runs inside the network, the backward pass or the optimizer counts as theirs."""
+        """For common.watched: what runs inside the network, the backward pass or the update counts as theirs."""
         before = self.part
         self.part = NAMES.get(name, before) if before == "rest" else before
         try:
@@ -68,6 +68,7 @@ class Count(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))  # a fake tensor is asked for its device in this way
         self.ops[self.part][name] += 1
+        self.work += self.part != "data" and not func.is_view
         by_mask = name.startswith("index") and any(_is_mask(index) for index in _indices(args))
         if name in WAITS or by_mask:
             self.wait(f"aten.{name}")
@@ -80,6 +81,7 @@ class Count(TorchDispatchMode):
             self.waits[f"{what} at {_caller()}"] += 1
 
     def clear(self) -> None:
+        self.work = 0
         for counter in (*self.ops.values(), self.waits):
             counter.clear()
 
@@ -176,7 +178,7 @@ def row(arm: str, count: Count, steps: int) -> Row:
     """A step's operators, and its waits for the device."""
     totals = {part: number / steps for part, number in count.totals().items()}
     per_step = {part: int(n) if n == int(n) else n for part, n in {**totals, "all": sum(totals.values())}.items()}
-    return {"arm": arm, **per_step, "waits": count.waits.total() / steps}
+    return {"arm": arm, **per_step, "less views": count.work // steps, "waits": count.waits.total() / steps}
 
 
 def graphs(overrides: Sequence[str], buckets: Sequence[Bucket]) -> Row:
