@@ -28,6 +28,7 @@ from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
 from nai_xl.engine.optimizer import LearningRate
+from nai_xl.engine.optimizers.stochastic import keep_layout
 from nai_xl.engine.run_dir import RunDirectory
 from nai_xl.inspect import headline
 from nai_xl.model.export import save_pipeline
@@ -171,6 +172,7 @@ class Job:
         learned = self.objective.learned.to(accelerator.device)
         groups = [{"params": list(components.unet.parameters())}, *self.objective.parameter_groups()]
         optimizer = self.build(self.cfg.optimizer, params=groups)
+        keep_layout(optimizer)
         curve = self.build(self.cfg.lr)
         lr = LearningRate(optimizer, curve, steps)
         unet, optimizer = accelerator.prepare(components.unet, optimizer)
