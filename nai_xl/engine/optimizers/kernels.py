@@ -28,7 +28,7 @@ def words_of(keys, row, element):
 @triton.jit
 def rounded(x, bits, KIND: tl.constexpr):
     """See rounding.round_to_bf16; other types as usual."""
-    if KIND == tl.bfloat16:
+    if tl.bfloat16 == KIND:
         whole = (x.to(tl.int32, bitcast=True) + bits.to(tl.int32)) & -65536
         x = tl.where(tl.abs(x) < float("inf"), whole.to(tl.float32, bitcast=True), x)
     return x.to(KIND)
