@@ -27,6 +27,7 @@ from nai_xl.diffusion.timesteps import Stratified
 from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
+from nai_xl.engine.memory.attention import refuse_two_attentions
 from nai_xl.engine.optimizer import LearningRate
 from nai_xl.engine.run_dir import RunDirectory
 from nai_xl.inspect import headline
@@ -64,6 +65,7 @@ class Job:
         self.sampling, self.text = self.build(self.cfg.sampling), self.build(self.cfg.text)
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
         self.memory, self.evals = self._several("memory"), self._several("evals")
+        refuse_two_attentions(self.memory)
         name = self.cfg.name or "-".join(self.choices.get(group, group) for group in HEADLINE)
         self.home = RunDirectory(Path(self.cfg.output_dir) / f"{name}-{config.signature(self.cfg)}")
 
