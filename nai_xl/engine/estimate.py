@@ -27,6 +27,8 @@ from torch.utils.flop_counter import flop_registry
 from nai_xl.engine.hardware import GIB
 from nai_xl.engine.memory import layout
 from nai_xl.engine.memory.compiled import ActivationBudget, Compile
+from nai_xl.engine.optimizers.adamw_8bit import AdamW8bit
+from nai_xl.engine.optimizers.adamw_bf16 import AdamWBf16
 from nai_xl.engine.update import OptimizerInBackward, UpdateInBackward
 from nai_xl.model.flops import inputs
 from nai_xl.types import MemoryAction
@@ -163,6 +165,15 @@ class LiveBytes(TorchDispatchMode):
             self.casts += size
 
 
+class RehearsedBytes(LiveBytes):
+    """LiveBytes on tensors without values, for which a 0-dim operand of these in-place operations cannot be read."""
+
+    ALLOCATE_NOTHING = frozenset(getattr(torch.ops.aten, f"_foreach_{name}_").Tensor for name in ("add", "mul", "div"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func in self.ALLOCATE_NOTHING else super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def as_cuda_autocasts(unet: nn.Module) -> None:
     """Norms take float32 under autocast on CUDA, where the CPU's autocast leaves them their inputs' type.
 
@@ -219,7 +230,8 @@ class Rehearsal:
 
     def run(self, micro: Micro) -> Footprint:
         """Rehearse a step that has others before it."""
-        live = LiveBytes(block=BLOCK if self.cuda else 1)
+        live = RehearsedBytes(block=BLOCK if self.cuda else 1)
+        self._prepare_model()
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             if self.cuda:
@@ -229,16 +241,20 @@ class Rehearsal:
         share = kept_share(self.actions)
         return found if share is None else found.keeping(share)
 
+    def _prepare_model(self) -> None:
+        """Still on the meta device, where parameters may change their type."""
+        for action in self.actions:
+            if not isinstance(action, Compile | ActivationBudget):  # of which `kept_share` tells
+                action.apply(self.unet)
+        if self.cuda:
+            as_cuda_autocasts(self.unet)
+        self.unet.train()
+        warm_up(self.optimizer)
+
     def _run(self, micro: Micro, live: LiveBytes) -> Footprint:
         unet = self.unet
         with live.elsewhere():
             unet._apply(lambda t: torch.empty_like(t, device="cpu"))
-            unet.train()
-            for action in self.actions:
-                if not isinstance(action, Compile | ActivationBudget):  # of which `kept_share` tells
-                    action.apply(unet)
-            if self.cuda:
-                as_cuda_autocasts(unet)
         parameters = list(unet.parameters())
         weights = live.add_weights(parameters)
         average = self.average(model=unet) if self.average else None
@@ -264,8 +280,21 @@ class Rehearsal:
 
     def _update(self, unet: nn.Module) -> Callable[[], Any]:
         if any(isinstance(action, OptimizerInBackward) for action in self.actions):
-            return UpdateInBackward(self.optimizer, unet, self.max_grad_norm)
-        return Whole(self.optimizer(params=[{"params": list(unet.parameters())}]), self.max_grad_norm)
+            return UpdateInBackward(self._optimizer, unet, self.max_grad_norm)
+        return Whole(self._optimizer(params=[{"params": list(unet.parameters())}]), self.max_grad_norm)
+
+    def _optimizer(self, **given: Any) -> Any:
+        made = self.optimizer(**given)
+        if self.cuda and isinstance(made, AdamWBf16 | AdamW8bit):
+            made.update = lambda *_: None  # on a GPU one kernel changes weights and state in place
+        return made
+
+
+def warm_up(optimizer: Callable[..., Any]) -> None:
+    """One step with values, for tables that an optimizer makes once and keeps."""
+    parameter = nn.Parameter(torch.zeros(128, 128))
+    parameter.grad = torch.zeros(128, 128)
+    optimizer(params=[parameter]).step()
 
 
 @dataclass
@@ -302,11 +331,11 @@ class _Step:
 
     def run(self) -> tuple[int, int]:
         """Bytes that the backward pass waited for, and those of them that are casts of weights."""
-        live, before = self.live, self.live.live
+        live, before, casts = self.live, self.live.live, self.live.casts
         live.flops = 0
         with self._phase("forward"):
             loss = self._loss()
-        saved, casts = live.live - before, live.casts
+        saved, casts = live.live - before, live.casts - casts
         with self._phase("backward"):
             loss.backward()
         self.after_backward = live.live

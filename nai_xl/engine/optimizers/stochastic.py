@@ -79,7 +79,8 @@ class StochasticOptimizer(Optimizer):
         if found is None:
             torch._foreach_add_(steps, 1)
         else:
-            torch._foreach_add_(steps, (1 - found).to(steps[0]))
+            # alpha picks the overload that takes a tensor; without it torch reads the number, waiting for the device
+            torch._foreach_add_(steps, (1 - found).to(steps[0]), alpha=1)
         return torch.stack(steps)
 
     def _words_of(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
