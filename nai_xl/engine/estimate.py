@@ -40,6 +40,15 @@ AVERAGED = 5040  # a step that every average takes in, whatever its `every` up t
 SLACK = 0.03
 """What the caching allocator holds and cannot use, as a share of the peak; with expandable segments, as is advised."""
 
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+COUNTED = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_FLASH],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_FLASH_BACKWARD],
+}
+"""Operation -> its FLOPs; torch's own registry has attention on a GPU only."""
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -152,7 +161,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(getattr(func, "_overloadpacket", None)):
+        if count := COUNTED.get(getattr(func, "_overloadpacket", None)):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and (size := self.add(leaf)) and func is torch.ops.aten._to_copy.default:
@@ -278,7 +287,7 @@ class Rehearsal:
             flops=live.flops,
         )
 
-    def _update(self, unet: nn.Module) -> Callable[[], Any]:
+    def _update(self, unet: nn.Module) -> UpdateInBackward | Whole:
         if any(isinstance(action, OptimizerInBackward) for action in self.actions):
             return UpdateInBackward(self._optimizer, unet, self.max_grad_norm)
         return Whole(self._optimizer(params=[{"params": list(unet.parameters())}]), self.max_grad_norm)
@@ -304,6 +313,10 @@ class Whole:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer]
+
     def __call__(self) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
@@ -314,7 +327,7 @@ class Whole:
 class _Step:
     live: LiveBytes
     unet: UNet2DConditionModel
-    update: Callable[[], Any]
+    update: Any  # called once the gradients are there; `optimizers`
     average: Any
     given: dict[str, Any]
     micro: Micro
@@ -323,10 +336,14 @@ class _Step:
     after_backward: int = 0
 
     def prepare(self) -> None:
-        """A first step, so that the optimizer has its state, and gradients where they stay."""
-        self._loss().backward()
-        self._note_gradients()
-        self.update()
+        """The optimizer's state, and gradients where they stay."""
+        for parameter in self.unet.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        for optimizer in self.update.optimizers:
+            optimizer.step()
+        if isinstance(self.update, UpdateInBackward):
+            self.unet.zero_grad(set_to_none=True)
+        self.gradients = self._gradient_bytes()
         self._forget_gradients()
 
     def run(self) -> tuple[int, int]:
@@ -353,9 +370,9 @@ class _Step:
             prediction = self.unet(**self.given, return_dict=False)[0]
         return F.mse_loss(prediction.float(), self.given["sample"])
 
-    def _note_gradients(self) -> None:
+    def _gradient_bytes(self) -> int:
         block = self.live.block
-        self.gradients = sum(-(-p.grad.nbytes // block) * block for p in self.unet.parameters() if p.grad is not None)
+        return sum(-(-p.grad.nbytes // block) * block for p in self.unet.parameters() if p.grad is not None)
 
     def _forget_gradients(self) -> None:
         if not self.micro.keeps_gradients:
