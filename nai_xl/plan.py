@@ -369,9 +369,9 @@ def main() -> None:
                 _say(f"- {remedy(given.overrides, given.config_dir, gpus[0], machines)}")
         else:
             _print(compared(rows, gpus, machines))
-            for swept, plan in rows:
+            for point, plan in rows:
                 if isinstance(plan, str):
-                    _say(f"- {' '.join(f'{k}={v}' for k, v in swept.items())}: {plan}")
+                    _say(f"- {' '.join(f'{k}={v}' for k, v in point.items())}: {plan}")
         if given.json:
             given.json.write_text(json.dumps([as_json(plan, gpus, machines) for plan in plans], indent=1))
 

@@ -211,15 +211,24 @@ class OneKernel(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), None
 
 
+def norm_in_one_kernel(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool
+) -> Any:  # of layout.group_norm's signature
+    return OneKernel.apply(x, weight, bias, groups)
+
+
+def update_in_one_kernel(*_: Any) -> None:
+    """AdamWBf16's and AdamW8bit's: weights and state change in place."""
+
+
 @contextmanager
-def cuda_kernels() -> Iterator[None]:
-    """What runs on a GPU only, replaced by something of the same memory."""
-    own = layout.group_norm
-    layout.group_norm = lambda x, groups, weight, bias, eps, *, silu: OneKernel.apply(x, weight, bias, groups)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        layout.group_norm = own
+        setattr(owner, name, own)
 
 
 @dataclass
@@ -244,7 +253,10 @@ class Rehearsal:
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             if self.cuda:
-                stack.enter_context(cuda_kernels())
+                # Triton's kernels run on a GPU only: in their place something of the same memory
+                stack.enter_context(replaced(layout, "group_norm", norm_in_one_kernel))
+                for optimizer in (AdamWBf16, AdamW8bit):
+                    stack.enter_context(replaced(optimizer, "update", update_in_one_kernel))
             stack.enter_context(live)
             found = self._run(micro, live)
         share = kept_share(self.actions)
@@ -289,14 +301,8 @@ class Rehearsal:
 
     def _update(self, unet: nn.Module) -> UpdateInBackward | Whole:
         if any(isinstance(action, OptimizerInBackward) for action in self.actions):
-            return UpdateInBackward(self._optimizer, unet, self.max_grad_norm)
-        return Whole(self._optimizer(params=[{"params": list(unet.parameters())}]), self.max_grad_norm)
-
-    def _optimizer(self, **given: Any) -> Any:
-        made = self.optimizer(**given)
-        if self.cuda and isinstance(made, AdamWBf16 | AdamW8bit):
-            made.update = lambda *_: None  # on a GPU one kernel changes weights and state in place
-        return made
+            return UpdateInBackward(self.optimizer, unet, self.max_grad_norm)
+        return Whole(self.optimizer(params=[{"params": list(unet.parameters())}]), self.max_grad_norm)
 
 
 def warm_up(optimizer: Callable[..., Any]) -> None:
