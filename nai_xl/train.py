@@ -31,6 +31,7 @@ from nai_xl.engine.memory import process_wide
 from nai_xl.engine.memory.attention import refuse_two_attentions
 from nai_xl.engine.memory.together import refuse_misfits
 from nai_xl.engine.optimizer import LearningRate
+from nai_xl.engine.optimizers.stochastic import keep_layout
 from nai_xl.engine.prefetch import on_device
 from nai_xl.engine.run_dir import RunDirectory
 from nai_xl.engine.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
@@ -246,8 +247,11 @@ class Job:
         if self.in_backward:
             prepared = self.accelerator.prepare(unet)
             several = UpdateInBackward(self.build(self.cfg.optimizer), unet, limit, free)
+            for block in several.optimizers:
+                keep_layout(block)
             return prepared, several, several
         optimizer = self.build(self.cfg.optimizer, params=[{"params": list(unet.parameters())}, *free])
+        keep_layout(optimizer)
         prepared, optimizer = self.accelerator.prepare(unet, optimizer)
         return prepared, optimizer, WholeUpdate(self.accelerator, optimizer, prepared.parameters(), limit)
 

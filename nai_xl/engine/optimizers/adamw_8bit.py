@@ -42,11 +42,9 @@ class AdamW8bit(AdamWBf16):
             return
         for p, correction, key in zip(params, corrections, keys, strict=True):
             state = self.state[p]
-            before = [
-                blockwise.decode(flat(state[f"{name}_codes"]), state[f"{name}_scales"], signed)
-                for name, signed in (("exp_avg", True), ("exp_avg_sq", False))
-            ]
-            w, m, v = self.moved(group, p, *before, correction)
+            m = blockwise.decode(flat(state["exp_avg_codes"]), state["exp_avg_scales"], True)
+            v = blockwise.decode(flat(state["exp_avg_sq_codes"]), state["exp_avg_sq_scales"], False)
+            w, m, v = self.moved(group, p, m, v, correction)
             self.write(p, w, random_words(key, p.numel()) & 0xFFFF)
             for name, value, signed in (("exp_avg", m, True), ("exp_avg_sq", v, False)):
                 codes, scales = blockwise.encode(value, signed)

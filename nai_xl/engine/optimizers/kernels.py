@@ -28,7 +28,7 @@ def words_of(keys, row, element):
 @triton.jit
 def rounded(x, bits, KIND: tl.constexpr):
     """See rounding.round_to_bf16; other types as usual."""
-    if KIND == tl.bfloat16:
+    if tl.bfloat16 == KIND:
         whole = (x.to(tl.int32, bitcast=True) + bits.to(tl.int32)) & -65536
         x = tl.where(tl.abs(x) < float("inf"), whole.to(tl.float32, bitcast=True), x)
     return x.to(KIND)
@@ -57,7 +57,7 @@ def moved(w, g, m, v, corrections, row, lr, decay, beta1, rest1,
 @triton.jit
 def adamw(table, chunks, corrections, keys, scale, found, lr, decay, beta1, rest1, beta2, rest2, eps,
           WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
-          GUARDED: tl.constexpr, ALIGNED: tl.constexpr): # fmt: skip
+          GUARDED: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """table [n,5] int64: addresses of weight, gradient, both moments, and size; chunks [programs,2]."""
     BLOCK: tl.constexpr = 1024
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
@@ -117,7 +117,7 @@ def store_encoded(codes, scales, at, rows, inside, inside_rows, bounds, x):
 def adamw_8bit(table, chunks, corrections, keys, scale, found, values1, bounds1, values2, bounds2, lr, decay, beta1,
                rest1, beta2, rest2, eps, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr,
                SCALED: tl.constexpr, GUARDED: tl.constexpr,
-               ALIGNED: tl.constexpr): # fmt: skip
+               ALIGNED: tl.constexpr):  # fmt: skip
     """table [n,7] int64: addresses of weight, gradient, codes and scales of both moments, and size."""
     ROWS: tl.constexpr = 4
     QUANT: tl.constexpr = 256  # blockwise.BLOCK
@@ -154,7 +154,7 @@ def adamw_8bit(table, chunks, corrections, keys, scale, found, values1, bounds1,
 
 @triton.jit
 def subtract(p, change, key, found, decay, size, BLOCK: tl.constexpr, ROUND: tl.constexpr,
-             GUARDED: tl.constexpr): # fmt: skip
+             GUARDED: tl.constexpr):  # fmt: skip
     """p <- decay p - change for one tensor, rounded by its key [2]."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

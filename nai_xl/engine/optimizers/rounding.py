@@ -26,9 +26,9 @@ def mix(x: Tensor) -> Tensor:
 
     `lowbias32` of Chris Wellons, "Prospecting for Hash Functions" (nullprogram.com, 2018), public domain.
     """
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(WORD)
+    x = x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(WORD)
+    return x.bitwise_xor_(x >> 16)
 
 
 def parameter_words(seed: int, number: int) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def step_keys(words: Tensor, steps: Tensor) -> Tensor:
 def random_words(key: Tensor, count: int) -> Tensor:
     """[count] int64 holding 32 random bits for each element, from one parameter's key [2]."""
     element = torch.arange(count, device=key.device)
-    return mix((mix(element ^ key[0]) + key[1]) & WORD)
+    return mix(mix(element ^ key[0]).add_(key[1]).bitwise_and_(WORD))
 
 
 def further_words(words: Tensor) -> Tensor:

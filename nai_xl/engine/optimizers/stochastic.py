@@ -79,8 +79,7 @@ class StochasticOptimizer(Optimizer):
         if found is None:
             torch._foreach_add_(steps, 1)
         else:
-            # alpha picks the overload that takes a tensor; without it torch reads the number, waiting for the device
-            torch._foreach_add_(steps, (1 - found).to(steps[0]), alpha=1)
+            torch._foreach_add_(steps, [(1 - found).to(steps[0])] * len(steps))
         return torch.stack(steps)
 
     def _words_of(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
@@ -116,7 +115,26 @@ class StochasticOptimizer(Optimizer):
         own = chain(*(group["params"] for group in self.param_groups))
         for number, p in zip(saved, own, strict=True):
             if number in state_dict["state"]:
-                self.state[p] = {key: _placed(value, p) for key, value in state_dict["state"][number].items()}
+                self.state[p] = {
+                    key: laid_out(value.to(p.device, copy=True), p)
+                    for key, value in state_dict["state"][number].items()
+                }
+
+
+def keep_layout(optimizer: Optimizer) -> None:
+    """Make loaded state follow its parameters' memory format, from now on.
+
+    Files hold tensors in plain order. torch's fused optimizers walk parameter and state by address, whatever their
+    strides: without this, kernels in NHWC order would be continued with the moments of other elements.
+    """
+
+    def lay_out(loaded: Optimizer) -> None:
+        for p, state in loaded.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = laid_out(value, p)
+
+    optimizer.register_load_state_dict_post_hook(lay_out)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -129,7 +147,6 @@ def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     return x if x.stride() == p.stride() else torch.empty_like(p, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _placed(value: Tensor, p: Tensor) -> Tensor:
-    """A copy of saved state on its parameter's device, and in its memory format where the shapes agree."""
-    like = torch.empty_like(p if value.shape == p.shape else value, dtype=value.dtype, device=p.device)
-    return like.copy_(value).detach()
+def laid_out(value: Tensor, p: Tensor) -> Tensor:
+    """State in its parameter's memory format, if it has its shape."""
+    return in_layout_of(p, value) if value.shape == p.shape else value
