@@ -25,6 +25,8 @@ from nai_xl import config
 from nai_xl.engine.estimate import ALLOWANCE, SLACK, Footprint, Micro, Rehearsal
 from nai_xl.engine.hardware import GIB, GPUS, Gpu
 from nai_xl.engine.loop import RunSettings
+from nai_xl.engine.memory.attention import refuse_two_attentions
+from nai_xl.engine.memory.together import refuse_misfits
 from nai_xl.engine.throughput import UTILISATION, Speed, expected
 from nai_xl.engine.update import OptimizerInBackward
 from nai_xl.errors import UserError
@@ -113,6 +115,9 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     build = functools.partial(config.build, plugins=tuple(cfg.plugins))
     settings: RunSettings = build(cfg.run)
     actions = [build(node) for node in (cfg.get("memory") or {}).values() if "_target_" in node]
+    optimizer = build(cfg.optimizer)
+    refuse_misfits(actions, optimizer, settings.mixed_precision)
+    refuse_two_attentions(actions)
     for action in actions:
         if isinstance(action, OptimizerInBackward):
             action.refuse(grad_accum=settings.grad_accum, precision=settings.mixed_precision, world=machines.world)
@@ -122,7 +127,7 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     unet = skeleton()
     on_host = cfg.ema.get("device") == "cpu"
     rehearsal = Rehearsal(
-        unet, actions, build(cfg.optimizer), None if on_host else build(cfg.ema), settings.max_grad_norm
+        unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm
     )
     tokens = 77 * int((cfg.get("text") or {}).get("chunks", 1))
     keeps = settings.grad_accum > 1 or machines.world > 1

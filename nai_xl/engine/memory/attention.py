@@ -28,8 +28,9 @@ class Sdpa:
     """torch's scaled_dot_product_attention.
 
     kernel: `auto` lets torch pick for every shape; `flash` is FlashAttention (2205.14135, 2307.08691), `cudnn`
-    NVIDIA's, `math` plain matrix products, which keep the attention matrix. The choice holds inside the UNet's attention alone.
-    On a GPU cudnn and flash compute in half precision only. Raises UserError when built where its kernel cannot run.
+    NVIDIA's, `math` plain matrix products, which keep the attention matrix. The choice holds inside the UNet's
+    attention alone. On a GPU cudnn and flash compute in half precision only. Raises UserError when built where its
+    kernel cannot run.
     """
 
     kernel: Literal["auto", "cudnn", "flash", "math"] = "auto"
