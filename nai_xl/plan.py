@@ -126,9 +126,7 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     skeleton = skeleton_of(cfg.model)
     unet = skeleton()
     on_host = cfg.ema.get("device") == "cpu"
-    rehearsal = Rehearsal(
-        unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm
-    )
+    rehearsal = Rehearsal(unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm)
     tokens = 77 * int((cfg.get("text") or {}).get("chunks", 1))
     keeps = settings.grad_accum > 1 or machines.world > 1
     footprint = rehearsal.run(
