@@ -310,6 +310,11 @@ def compared(rows: Sequence[tuple[Mapping[str, str], Plan | str]], gpus: Sequenc
     return table
 
 
+def described(point: Mapping[str, str], plan: Plan | str) -> str:
+    told = plan if isinstance(plan, str) else f"peak {gib(plan.footprint.peak)}, needs {gib(plan.footprint.needed)}"
+    return f"{' '.join(f'{key}={value}' for key, value in point.items())}: {told}"
+
+
 def compared_cells(plan: Plan | str, gpus: Sequence[Gpu], machines: Machines) -> list[str]:
     if isinstance(plan, str):
         return ["refused"]
@@ -365,6 +370,8 @@ def main() -> None:
         rows: list[tuple[Mapping[str, str], Plan | str]] = []
         for swept, choices, cfg in config.combinations(given.overrides, given.config_dir):
             rows.append((swept, _made_or_refused(cfg, choices, machines, alone=not swept)))
+            if swept:  # a plan of SDXL takes half a minute: something to look at meanwhile
+                print(described(*rows[-1]), file=sys.stderr, flush=True)
         plans = [plan for _, plan in rows if isinstance(plan, Plan)]
         if len(rows) == 1:
             _show_one(plans[0], gpus, machines)
@@ -374,7 +381,7 @@ def main() -> None:
             _print(compared(rows, gpus, machines))
             for point, plan in rows:
                 if isinstance(plan, str):
-                    _say(f"- {' '.join(f'{k}={v}' for k, v in point.items())}: {plan}")
+                    _say(f"- {described(point, plan)}")
         if given.json:
             given.json.write_text(json.dumps([as_json(plan, gpus, machines) for plan in plans], indent=1))
 
