@@ -38,16 +38,16 @@ from nai_xl.types import Bucket
 
 CHECKED = ("run", "memory", "optimizer", "ema", "bucketing")  # what is built; nothing else of the config need be there
 SPARE = 1.0  # GiB that should stay free: other programs' windows, an odd bucket, a newer library
-REMEDIES = (
-    "memory=gpu_80gb",
-    "memory=gpu_48gb",
-    "memory=gpu_24gb",
-    "memory=gpu_16gb",
-    "memory=gpu_12gb",
-    "run.batch_size=1 memory=gpu_24gb",
-    "run.batch_size=1 memory=gpu_12gb",
-)
-"""What is tried in turn when a plan does not fit: from the presets that cost least time to those that take least."""
+REMEDIES = {
+    "memory=gpu_80gb": 79,
+    "memory=gpu_48gb": 44,
+    "memory=gpu_24gb": 23,
+    "memory=gpu_16gb": 15,
+    "memory=gpu_12gb": 11,
+    "run.batch_size=1 memory=gpu_24gb": 23,
+    "run.batch_size=1 memory=gpu_12gb": 11,
+}
+"""What is tried in turn when a plan does not fit, from what costs least time; each from cards of so many GiB on."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def sentences(plan: Plan, gpus: Sequence[Gpu], machines: Machines) -> Iterator[s
 
 def remedy(overrides: Sequence[str], config_dir: Path | None, gpu: Gpu, machines: Machines) -> str:
     """The first override that makes the plan fit the card."""
-    for tried in REMEDIES:
+    for tried in (override for override, least in REMEDIES.items() if gpu.memory_gib >= least):
         keys = [override.split("=")[0] for override in tried.split()]
         kept = [override for override in overrides if override.split("=")[0] not in keys]
         for _, choices, cfg in config.combinations([*kept, *tried.split()], config_dir):
