@@ -49,7 +49,6 @@ CHOICES = [
     [],
     ["memory=[sdpa,gradient_checkpointing]"],
     ["run.mixed_precision=bf16"],
-    ["memory=[sdpa,bf16_weights]", "optimizer=adamw_bf16"],
     ["memory=[sdpa,bf16_weights,gradient_checkpointing,optimizer_in_backward]", "optimizer=adafactor"],
     ["run.grad_accum=2", "ema=none"],
 ]
@@ -91,16 +90,20 @@ def test_a_storage_counts_once_and_until_it_is_freed() -> None:
 def test_a_linear_layer_keeps_its_input(batch: int, wide: int, out: int) -> None:
     layer, x = nn.Linear(wide, out), torch.zeros(batch, wide)
     live = LiveBytes(block=1)
+    given = live.add_weights(list(layer.parameters())) + live.add(x)
     with live:
         y = layer(x).square().mean()
-        assert live.live == 4 * batch * out + 4  # what square keeps, and the mean; x is the caller's
+        assert live.live == given + 4 * batch * out + 4  # what square keeps, and the mean
         y.backward()
     assert live.flops == 2 * 2 * batch * wide * out  # forward, and the weight's gradient
 
 
 def step(micro: Micro, *actions: Any, cuda: bool = True) -> Footprint:
-    make: Callable[..., Any] = torch.optim.AdamW
-    return Rehearsal(tiny_unet_skeleton(), actions, make, None, cuda=cuda).run(micro)
+    return Rehearsal(tiny_unet_skeleton(), actions, torch.optim.AdamW, None, cuda=cuda).run(micro)
+
+
+# their weights' copies are not needed again: what goes in is data
+NO_GRADIENT_TO_THE_INPUT = ("conv_in", "attn2.to_k", "attn2.to_v", "_embedding.linear_1")
 
 
 def test_parts_by_closed_forms() -> None:
@@ -110,8 +113,11 @@ def test_parts_by_closed_forms() -> None:
     assert (plain.parameters, plain.weights, plain.gradients) == (n, 4 * n, 4 * n)
     assert plain.optimizer == 8 * n + 4 * tensors and plain.ema == plain.cast_copy == 0
     cast = step(Micro(2, 64, 64, precision="bf16"), cuda=False)
-    norms = [m for m in tiny_unet_skeleton().modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
-    assert cast.cast_copy == 2 * (n - sum(p.numel() for m in norms for p in m.parameters()))
+    assert cast.cast_copy == 2 * sum(
+        m.weight.numel()
+        for name, m in tiny_unet_skeleton().named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith(NO_GRADIENT_TO_THE_INPUT)
+    )
     half = step(Micro(2, 64, 64), Bf16Weights(), cuda=False)
     assert half.weights == half.gradients == 2 * n
     assert plain.needed > plain.peak + ALLOWANCE
@@ -121,8 +127,8 @@ def test_activations_grow_with_images_and_area_alone() -> None:
     """Every level of the UNet has whole tokens on these canvases, so bytes are affine in both."""
     one, two, three = (step(Micro(b, 64, 64), cuda=False).activations for b in (1, 2, 3))
     assert three - two == two - one > 0
-    small, wide, large = (step(Micro(1, 64, w), cuda=False).activations for w in (64, 128, 192))
-    assert large - wide == wide - small > 0
+    wide, large = (step(Micro(1, 64, w), cuda=False).activations for w in (128, 192))
+    assert large - wide == wide - one > 0
 
 
 def test_recomputation_costs_flops_and_spares_bytes() -> None:
@@ -150,9 +156,10 @@ def test_a_budget_keeps_a_share_between_its_ends(budget: float) -> None:
 
 def test_sdxl_as_counted_elsewhere() -> None:
     """One 1024 image: 6.42 GiB in bfloat16, 25.84 TFLOP with everything recomputed, 0.55 GiB kept."""
-    free: Callable[..., Any] = torch.optim.SGD
     gib = float(1 << 30)
-    found = Rehearsal(unet_skeleton(), [Bf16Weights(), GradientCheckpointing()], free, None).run(Micro(1, 1024, 1024))
+    found = Rehearsal(unet_skeleton(), [Bf16Weights(), GradientCheckpointing()], torch.optim.SGD, None).run(
+        Micro(1, 1024, 1024)
+    )
     assert found.activations / gib == pytest.approx(0.55, abs=0.01)
     assert found.flops / 1e12 == pytest.approx(25.84, rel=0.005)
     assert found.weights / gib == pytest.approx(4.78, abs=0.01)
