@@ -21,7 +21,7 @@ class AdamWBf16(StochasticOptimizer):
 
     Weights, gradients and both moments in the parameter's own type: 8 bytes a parameter in bfloat16, 16 in float32.
     The second moment needs the rounding as much as the weight: at beta2 = 0.999 a step changes it by at most 1/1000,
-    which rounding to the nearest bfloat16 would mostly drop. The update itself uses the moments before they are rounded.
+    which rounding to the nearest would mostly drop. The update itself uses the moments before they are rounded.
     On a GPU with Triton all tensors of a type are one kernel, elsewhere plain torch does the same sums.
     """
 

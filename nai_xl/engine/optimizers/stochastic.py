@@ -28,6 +28,7 @@ class StochasticOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int):
         self.seed = seed
+        self.first_number = 0  # of the parameters, where several optimizers share a model
         self._words: dict[Any, Tensor] = {}
         super().__init__(params, defaults)
 
@@ -54,7 +55,7 @@ class StochasticOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         every = chain(*(group["params"] for group in self.param_groups))
-        numbers = {p: number for number, p in enumerate(every)}
+        numbers = {p: number for number, p in enumerate(every, self.first_number)}
         for group in self.param_groups:
             for params in self._alike(group):
                 for p in params:
