@@ -271,8 +271,6 @@ class Job:
         if self.in_backward:
             prepared = self.accelerator.prepare(unet)
             several = UpdateInBackward(self.build(self.cfg.optimizer), unet, limit, free)
-            for block in several.optimizers:
-                keep_layout(block)
             return prepared, several, several
         optimizer = self.build(self.cfg.optimizer, params=[{"params": list(unet.parameters())}, *free])
         keep_layout(optimizer)
