@@ -142,8 +142,8 @@ def skeleton_of(model: DictConfig) -> Callable[[], Any]:
     target = str(model._target_).rpartition(".")[2]
     if target == "tiny_sdxl":
         return tiny_unet_skeleton
-    if target not in ("load_sdxl", "random_sdxl", "sdxl_random"):
-        raise UserError(f"model: no plan for {target}; there is model=tiny and model=sdxl")
+    if target not in ("load_sdxl", "sdxl_random"):
+        raise UserError(f"model: no plan for {target}; there is model=tiny, sdxl and sdxl_random")
     path = None if OmegaConf.is_missing(model, "path") else model.get("path")
     folder = path if path and Path(path, "unet").is_dir() else model.get("config") or SDXL_BASE
     return functools.partial(unet_skeleton, Path(folder))

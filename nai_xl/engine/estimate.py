@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -239,7 +238,7 @@ class Rehearsal:
     average is None for one that lies in main memory. cuda: count as on an NVIDIA GPU, otherwise as on a CPU.
     """
 
-    unet: UNet2DConditionModel
+    unet: Any
     actions: Sequence[MemoryAction]
     optimizer: Callable[..., Any]
     average: Callable[..., Any] | None
@@ -332,7 +331,7 @@ class Whole:
 @dataclass
 class _Step:
     live: LiveBytes
-    unet: UNet2DConditionModel
+    unet: Any
     update: Any  # called once the gradients are there; `optimizers`
     average: Any
     given: dict[str, Any]
