@@ -34,9 +34,7 @@ def sdxl_random(*, seed: int, config: Path | None = None) -> Components:
     return Components(unet, vae, (first, second), tokenizers)
 
 
-def random_unet(
-    *, seed: int, config: Path | None = None, device: str | torch.device = "cpu"
-) -> UNet2DConditionModel:
+def random_unet(*, seed: int, config: Path | None = None, device: str | torch.device = "cpu") -> UNet2DConditionModel:
     """The UNet alone, made on `device`: 10 GB for SDXL base 1.0's config, in a second on a GPU.
 
     The weights are torch's own initial ones, uniform with deviation 1 / sqrt(3 fan-in): every residual branch adds less

@@ -102,6 +102,13 @@ def check_sdxl(path: Path, config: Path | None = None) -> None:
         _check_single_file(path, source)
 
 
+def unet_skeleton(config: Path = SDXL_BASE) -> UNet2DConditionModel:
+    """The UNet of a config folder on the meta device: shapes without storage. Raises UserError for no such config."""
+    config = Path(config)
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(_read_json(config / "unet" / "config.json", config, "model.config"))
+
+
 def fingerprint(module: nn.Module) -> str:
     """16 hex characters of a SHA-256 over the names, dtypes, shapes and bytes of the state dict, in name order."""
     digest = hashlib.sha256()

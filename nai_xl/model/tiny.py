@@ -57,6 +57,12 @@ def tiny_sdxl(*, seed: int) -> Components:
     return Components(unet=unet, vae=_vae(), text_encoders=_text_encoders(tokenizers[0]), tokenizers=tokenizers)
 
 
+def tiny_unet_skeleton() -> UNet2DConditionModel:
+    """The tiny UNet on the meta device: shapes without storage."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**UNET_CONFIG)
+
+
 def _vae() -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
         vae = AutoencoderKL(**json.loads((ASSETS / "tiny_vae.json").read_text()))
