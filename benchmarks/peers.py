@@ -1,7 +1,7 @@
-"""python benchmarks/peers.py --sd-scripts DIR --diffusers DIR: our training step beside two other trainers' own scripts.
+"""python benchmarks/peers.py --sd-scripts DIR --diffusers DIR: our training step beside other trainers' own scripts.
 
-Each trainer runs its own, whole program on the same random-weight SDXL and the same images; benchmarks/peers_launch.py
-puts a clock inside. First it is shown that they compute the same losses and gradients. benchmarks/README.md says what is
+Each trainer runs its own, whole program on the same random-weight SDXL and the same images; peers_launch.py puts a
+clock inside. First it is shown that they compute the same losses and gradients. benchmarks/README.md says what is
 held equal and what cannot be.
 """
 
@@ -25,12 +25,13 @@ from peers_arms import ARMS, RATE, ROWS, Arm, Setup, diffusers, images, ours, sd
 from peers_inputs import write_images, write_model
 from peers_parity import TOLERANCE, passed
 
+from nai_xl.engine import hardware
+from nai_xl.model.flops import skeleton, training_flops
+
 HERE = Path(__file__).parent
 EDGE = {"tiny": 128, "sdxl": 1024}
 WARMUP = 10
 PARITY_STEPS = 3
-# SDXL's UNet at 1024 x 1024: three times the forward pass, multiply-add = 2, counted; recomputation is no progress
-TFLOP_PER_IMAGE = {("sdxl", 1024): 20.28}
 PEERS = ("sd-scripts", "diffusers")
 Row = dict[str, Any]
 
@@ -45,9 +46,10 @@ def main() -> None:
     setup = prepare(options, work)
     try:
         agreement = parity(options, setup)
-        rows = [row for name in options.rows.split(",") for row in measure(options, setup, name)]
+        libraries: dict[str, str] = {}
+        rows = [row for name in options.rows.split(",") for row in measure(options, setup, name, libraries)]
         name = f"peers_{options.size}_{options.device}_{'fp32' if options.precision == 'no' else options.precision}"
-        write(name, told(options), settings(options, setup, agreement), rows)
+        write(name, told(options), settings(setup, agreement, libraries), rows)
     except Failed as error:
         sys.exit(f"error: {error}")
     finally:
@@ -67,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", default="matched", help=f"any of {','.join(ROWS)}")
     parser.add_argument("--workers", type=int, default=0, help="of everybody's loader")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="in the row matched")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="row matched only")
     parser.add_argument("--best", default="memory=[sdpa]", help="our overrides in the row best")
     parser.add_argument("--work", type=Path, help="a folder to keep model, images, caches and logs in")
     options = parser.parse_args()
@@ -123,37 +125,48 @@ def parity(options: argparse.Namespace, setup: Setup) -> dict[str, dict[str, flo
     return worst
 
 
-def measure(options: argparse.Namespace, setup: Setup, row: str) -> list[Row]:
-    """One row of the comparison: every arm a process of its own, ours first and last."""
+def measure(options: argparse.Namespace, setup: Setup, row: str, libraries: dict[str, str]) -> list[Row]:
+    """One row of the comparison: every arm a process of its own, ours first and last. Notes each one's libraries."""
     found: list[Row] = []
     for place, make in enumerate(ARMS):
         arm = make(setup, row)
-        first: Row = {"row": row, "trainer": arm.trainer + (" again" if place == len(ARMS) - 1 else "")}
+        named: Row = {"row": row, "trainer": arm.trainer + (" again" if place == len(ARMS) - 1 else "")}
         if arm.skipped:
             if arm.trainer in PEERS:
-                found.append(first | {"note": arm.skipped})
+                found.append(named | {"note": arm.skipped})
             continue
-        record = json.loads(run(options, setup, arm, capture=False).read_text())
-        found.append(first | figures(options, record))
-        print(f"{row}: {first['trainer']}: {found[-1]['images/s']:.2f} images/s", flush=True)
-    pace = [r["median s"] for r in found if r["trainer"].startswith("nai_xl")]
+        try:
+            record = json.loads(run(options, setup, arm, capture=False).read_text())
+        except Failed as error:
+            if row == "matched" or arm.trainer not in PEERS:
+                raise
+            found.append(named | {"note": str(error).splitlines()[-1]})  # what others advise need not run everywhere
+            continue
+        libraries[arm.trainer] = " ".join(f"{name} {number}" for name, number in record["versions"].items())
+        found.append(named | figures(setup, record))
+        print(f"{row}: {named['trainer']}: {found[-1]['images/s']:.2f} images/s", flush=True)
+    first, last = found[0]["median s"], found[-1]["median s"]
     for each in found:
         if "median s" in each:
-            each["time / ours"] = each["median s"] / (sum(pace) / len(pace))
+            each["time / ours"] = each["median s"] / ((first + last) / 2)
+    noise = abs(first - last) / (first + last)
+    print(f"{row}: ours differs from itself by {2 * noise:.1%}: what lies within is noise", flush=True)
     return found
 
 
-def figures(options: argparse.Namespace, record: dict[str, Any]) -> Row:
+def figures(setup: Setup, record: dict[str, Any]) -> Row:
+    """The columns of one process. FLOPs are three forward passes for everybody: recomputation is no progress."""
     step = spread(record["times"])
-    pace = options.batch / step["median"]
+    pace = setup.batch / step["median"]
     row: Row = {"median s": step["median"], "p10 s": step["p10"], "p90 s": step["p90"], "images/s": pace}
-    tflop = TFLOP_PER_IMAGE.get((options.size, EDGE[options.size]))
-    if tflop:
-        row["TFLOP/s"] = tflop * pace
-    if record["peak_memory_gib"] is not None:
+    config = json.loads((setup.model / "unet" / "config.json").read_text())
+    row["TFLOP/s"] = pace * training_flops(skeleton(config), setup.edge, setup.edge) / 1e12
+    gpu = hardware.find(torch.cuda.get_device_name()) if setup.gpu else None
+    if gpu:
+        row["MFU %"] = 100 * row["TFLOP/s"] / gpu.bf16_tflops
+    if setup.gpu:
         row["peak GiB"] = record["peak_memory_gib"]
-    row["start s"] = record["until_first_step"]
-    row["versions"] = " ".join(f"{name} {number}" for name, number in record["versions"].items())
+    row["first step after s"] = record["until_first_step"]
     return row
 
 
@@ -221,12 +234,13 @@ def environment(setup: Setup, arm: Arm) -> dict[str, str]:
 def told(options: argparse.Namespace) -> str:
     """The command line, without this machine's folders."""
     parts = ["python benchmarks/peers.py --sd-scripts SD_SCRIPTS --diffusers DIFFUSERS"]
-    parts += [f"--{name} {getattr(options, name)}" for name in ("size", "steps", "batch", "precision", "device", "rows")]
-    parts += [f"--workers {options.workers}", "--checkpointing" if options.checkpointing else "--no-checkpointing"]
-    return " ".join([*parts, f'--best "{options.best}"'])
+    given = "size steps batch precision device rows workers".split()
+    parts += [f"--{name} {getattr(options, name)}" for name in given]
+    parts += ["--checkpointing" if options.checkpointing else "--no-checkpointing", f'--best "{options.best}"']
+    return " ".join(parts)
 
 
-def settings(options: argparse.Namespace, setup: Setup, agreement: dict[str, dict[str, float]]) -> dict[str, Any]:
+def settings(setup: Setup, agreement: dict[str, dict[str, float]], libraries: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"warm-up steps": WARMUP, "resolution": setup.edge, "images": setup.images}
     found |= {f"parity with {name}": _said(differences) for name, differences in agreement.items()}
     for make in dict.fromkeys(ARMS):
@@ -235,7 +249,7 @@ def settings(options: argparse.Namespace, setup: Setup, agreement: dict[str, dic
         if arm.trainer in PEERS:
             digest = hashlib.sha256(Path(arm.script).read_bytes()).hexdigest()[:16]
             found[f"{arm.trainer}'s script"] = f"{Path(arm.script).name} (sha256 {digest}, {_commit(arm.root)})"
-    return found
+    return found | {f"{name}'s libraries": numbers for name, numbers in libraries.items()}
 
 
 def _said(differences: dict[str, float]) -> str:
