@@ -223,8 +223,6 @@ def environment(setup: Setup, arm: Arm) -> dict[str, str]:
     }
     if not setup.gpu:
         own["CUDA_VISIBLE_DEVICES"] = ""
-    if setup.precision == "bf16":
-        own["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "1"  # for everybody: only one script has a flag for it
     return {**os.environ, **own, **arm.environment}
 
 

@@ -109,7 +109,7 @@ def dataset_config(setup: Setup) -> Path:
 DIFFUSERS = {
     "matched": "",
     "documented": "--gradient_checkpointing --use_8bit_adam --center_crop --random_flip --proportion_empty_prompts 0.2",
-    "best": "",
+    "best": "--allow_tf32",
 }
 
 
