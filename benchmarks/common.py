@@ -184,7 +184,7 @@ class Watched:
         return Watched(found, f"{self._name}.{attribute}", self._around)
 
 
-WATCHED = ("accelerator", "unet", "optimizer", "lr", "objective", "ema", "batches", "meter")
+WATCHED = ("accelerator", "unet", "update", "lr", "objective", "ema", "batches", "meter")
 
 
 @contextmanager
@@ -252,7 +252,8 @@ def training(
     """What `python -m nai_xl.train` with these overrides gives its loop, for this network and these cached samples.
 
     The run's own code assembles it, so what is measured is what users get. Checkpoints, evaluation and the tracker are
-    off. `folder` is for what a run writes; `storage` is the mode of tensors to assemble it in.
+    off. `folder` is for what a run writes; `storage` is a mode of tensors to assemble it in, without
+    a loader.
     """
     quiet_libraries()
     cfg = config.compose([f"output_dir={folder}", "evals=[]", *overrides])
@@ -268,11 +269,14 @@ def training(
 
     components: Any = Components(unet, None, (None, None), (None, None))  # type: ignore[arg-type]
     checkpoints = job.build(cfg.checkpoint, dir=folder / "checkpoints", keep=1)
+    # tensors without values cannot draw the seed that every loader begins with
+    loader = mock.patch.object(entry, "batches", return_value=()) if storage else nullcontext()
     with (
         mock.patch.object(entry, "train", door),
         mock.patch.object(entry.plots, "method"),  # the picture of the method reads values, and is not training
         mock.patch.object(entry, "diagnose"),
         suppress(_Caught),
+        loader,
         storage or nullcontext(),
     ):
         job._train(components, data, checkpoints, entry.NoTracker(), entry.Stop(), 10**9)
@@ -388,11 +392,9 @@ class Bare:
                 loss = self.loss(batch, around)
             with around("accelerator.backward"):
                 loss.backward()
-            with around("accelerator.clip_grad_norm_"):
+            with around("update"):
                 norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            with around("optimizer.step"):
                 self.optimizer.step()
-            with around("optimizer.zero_grad"):
                 self.optimizer.zero_grad()
             self.losses.append(loss.detach())
             self.norms.append(norm)

@@ -19,12 +19,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import RESULTS, Bare, Row, command, random_batch, random_data, shapes, table, training, watched, write
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nai_xl.data.cache import MemoryCache
@@ -33,8 +35,8 @@ from nai_xl.model.random import random_unet
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.types import Bucket
 
-PARTS = ("forward", "backward", "optimizer", "rest")
-NAMES = {"unet": "forward", "accelerator.backward": "backward", "optimizer.step": "optimizer", "batches": "data"}
+PARTS = ("forward", "backward", "update", "rest")
+NAMES = {"unet": "forward", "accelerator.backward": "backward", "update": "update", "batches": "data"}
 WAITS = frozenset(
     "_local_scalar_dense equal nonzero masked_select _unique2 unique_dim unique_consecutive is_nonzero item".split()
 )
@@ -47,13 +49,13 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = "rest"
+        self.part, self.work = "rest", 0
         self.ops: dict[str, Counter[str]] = {part: Counter() for part in (*PARTS, "data")}
         self.waits: Counter[str] = Counter()
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
-        """For common.watched: what runs inside the network, the backward pass or the optimizer counts as theirs."""
+        """For common.watched: what runs inside the network, the backward pass or the update counts as theirs."""
         before = self.part
         self.part = NAMES.get(name, before) if before == "rest" else before
         try:
@@ -63,7 +65,10 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if func.namespace == "prim":
+            return func(*args, **(kwargs or {}))  # a fake tensor is asked for its device in this way
         self.ops[self.part][name] += 1
+        self.work += self.part != "data" and not func.is_view
         by_mask = name.startswith("index") and any(_is_mask(index) for index in _indices(args))
         if name in WAITS or by_mask:
             self.wait(f"aten.{name}")
@@ -76,6 +81,7 @@ class Count(TorchDispatchMode):
             self.waits[f"{what} at {_caller()}"] += 1
 
     def clear(self) -> None:
+        self.work = 0
         for counter in (*self.ops.values(), self.waits):
             counter.clear()
 
@@ -117,7 +123,7 @@ def _caller() -> str:
 def our_steps(size: str, resolution: int, batch: int, overrides: Sequence[str], steps: int) -> Count:
     """Operators of `steps` steps of our loop between two reports, after two that warm it up."""
     count, storage = Count(), _storage(size)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _fakes_are_plain():
         with storage:
             unet = network(size)
         overrides = [*overrides, "ema=none", f"run.batch_size={batch}", "run.log_every=1000000"]
@@ -137,7 +143,7 @@ def our_steps(size: str, resolution: int, batch: int, overrides: Sequence[str], 
 def bare_steps(size: str, resolution: int, batch: int, precision: str, steps: int) -> Count:
     """The same of the bare loop."""
     count = Count()
-    with _storage(size), count:
+    with _storage(size), _fakes_are_plain(), count:
         unet = network(size).to(DEVICE).train()
         bare = Bare(unet, torch.optim.AdamW(unet.parameters(), fused=True), DEVICE, precision)
         batches = itertools.repeat(random_batch(shapes(unet, resolution), batch, DEVICE))
@@ -163,11 +169,16 @@ def _storage(size: str) -> AbstractContextManager[Any]:
     return nullcontext() if size == "tiny" else FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def _fakes_are_plain() -> AbstractContextManager[Any]:
+    """torch clips plain tensors with a foreach call and all others one by one: fake ones are to be taken for plain."""
+    return mock.patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, FakeTensor])
+
+
 def row(arm: str, count: Count, steps: int) -> Row:
     """A step's operators, and its waits for the device."""
     totals = {part: number / steps for part, number in count.totals().items()}
     per_step = {part: int(n) if n == int(n) else n for part, n in {**totals, "all": sum(totals.values())}.items()}
-    return {"arm": arm, **per_step, "waits": count.waits.total() / steps}
+    return {"arm": arm, **per_step, "less views": count.work // steps, "waits": count.waits.total() / steps}
 
 
 def graphs(overrides: Sequence[str], buckets: Sequence[Bucket]) -> Row:

@@ -37,16 +37,16 @@ from nai_xl.engine.loop import RunSettings, Stop, train
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.types import Batch
 
-RESOLUTION, BATCH, SAMPLES, LR = 128, 16, 256, 1e-3
-ARM = ["tracker=jsonl", "lr.warmup=0", f"run.batch_size={BATCH}"]
+RESOLUTION, LR = 128, 1e-3
+ARM = ["tracker=jsonl", "lr.warmup=0"]
 AGREE = 1e-5  # relative, float32: only the order of additions differs
 
 
 class Ours:
     """Our loop, run a window of steps at a time."""
 
-    def __init__(self, ema: str, folder: Path, unet: torch.nn.Module, data: object):
-        self.settings, self.parts = training([*ARM, f"ema={ema}"], unet, data, folder)  # type: ignore[arg-type]
+    def __init__(self, ema: str, batch: int, folder: Path, unet: torch.nn.Module, data: object):
+        self.settings, self.parts = training([*ARM, f"ema={ema}", f"run.batch_size={batch}"], unet, data, folder)  # type: ignore[arg-type]
         self.loader, self.step = self.parts.batches, 0
 
     def run(self, batches: Iterator[Batch], count: int, settings: RunSettings | None = None) -> None:
@@ -135,14 +135,17 @@ def main(arguments: list[str]) -> dict[str, object]:
     parser.add_argument("--steps", type=int, default=20, help="of a window; one report each, as with run.log_every=20")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     unet = tiny_sdxl(seed=0).unet
     with disk_cache() as (folder, cache):
-        data = random_data(shapes(unet, RESOLUTION), SAMPLES, cache)
+        data = random_data(shapes(unet, RESOLUTION), 16 * args.batch, cache)
         bare_unet = copy.deepcopy(unet)
-        ours, with_ema = (Ours(ema, folder / ema, copy.deepcopy(unet), data) for ema in ("none", "standard"))
+        ours, with_ema = (
+            Ours(ema, args.batch, folder / ema, copy.deepcopy(unet), data) for ema in ("none", "standard")
+        )
         device = ours.parts.accelerator.device
         bare = bare_loop(bare_unet, device)
         batches = list(itertools.islice(ours.loader, 8))
@@ -159,7 +162,13 @@ def main(arguments: list[str]) -> dict[str, object]:
             args.rounds,
         )
         parts = breakdown(ours, bare, batches, max(args.steps, 2))
-    settings = {"model": "tiny", "resolution": RESOLUTION, "batch": BATCH, "window": args.steps, "rounds": args.rounds}
+    settings = {
+        "model": "tiny",
+        "resolution": RESOLUTION,
+        "batch": args.batch,
+        "window": args.steps,
+        "rounds": args.rounds,
+    }
     settings |= {f"{name} differs by": f"{value:.1e}" for name, value in agree.items()}
     rows = against_bare(windows)
     write("overhead", command(), settings, rows, args.out)

@@ -166,7 +166,7 @@ def figures(setup: Setup, record: dict[str, Any]) -> Row:
         row["MFU %"] = 100 * row["TFLOP/s"] / gpu.bf16_tflops
     if setup.gpu:
         row["peak GiB"] = record["peak_memory_gib"]
-    row["first step after s"] = record["until_first_step"]
+    row["first step s"] = record["until_first_step"]
     return row
 
 

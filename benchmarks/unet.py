@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def in_a_process(job: dict[str, Any]) -> Row:
         return dict(json.loads(results[-1]))
     if done.returncode < 0:
         return {"failed": f"ended by signal {-done.returncode}"}  # 9: the machine's memory ran out
-    return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:200]}
+    told = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return {"failed": (told or ["no result"])[-1][:200]}
 
 
 def one_job(job: dict[str, Any]) -> Row:

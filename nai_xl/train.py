@@ -28,7 +28,9 @@ from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
 from nai_xl.engine.optimizer import LearningRate
+from nai_xl.engine.prefetch import on_device
 from nai_xl.engine.run_dir import RunDirectory
+from nai_xl.engine.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
 from nai_xl.inspect import headline
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.latents import Moments, Statistics, in_words, read_statistics, write_statistics
@@ -64,6 +66,7 @@ class Job:
         self.sampling, self.text = self.build(self.cfg.sampling), self.build(self.cfg.text)
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
         self.memory, self.evals = self._several("memory"), self._several("evals")
+        self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
         name = self.cfg.name or "-".join(self.choices.get(group, group) for group in HEADLINE)
         self.home = RunDirectory(Path(self.cfg.output_dir) / f"{name}-{config.signature(self.cfg)}")
 
@@ -97,7 +100,10 @@ class Job:
 
     def _begin(self) -> None:
         self.accelerator: Accelerator = self.build(self.cfg.distributed).accelerator(self.settings.mixed_precision)
-        self.settings.chunk_size(self.accelerator.num_processes)  # refuses a chunk that micro-batches do not divide
+        settings, world = self.settings, self.accelerator.num_processes
+        settings.chunk_size(world)  # refuses a chunk that micro-batches do not divide
+        if self.in_backward:
+            self.in_backward.refuse(grad_accum=settings.grad_accum, precision=settings.mixed_precision, world=world)
         self.screen = Screen(silent=not self.accelerator.is_main_process)
 
     def _run(self, index: Index) -> None:
@@ -169,11 +175,8 @@ class Job:
         for action in self.memory:
             action.apply(components.unet)
         learned = self.objective.learned.to(accelerator.device)
-        groups = [{"params": list(components.unet.parameters())}, *self.objective.parameter_groups()]
-        optimizer = self.build(self.cfg.optimizer, params=groups)
-        curve = self.build(self.cfg.lr)
-        lr = LearningRate(optimizer, curve, steps)
-        unet, optimizer = accelerator.prepare(components.unet, optimizer)
+        unet, optimizer, update = self._updating(components.unet)
+        lr = LearningRate(optimizer, self.build(self.cfg.lr), steps)
         ema = self.build(self.cfg.ema, model=components.unet)
         scaled = accelerator.scaler is not None
         world = accelerator.num_processes
@@ -208,10 +211,10 @@ class Job:
         if start == 0 and accelerator.is_main_process:
             tracker.figure("method", 0, plots.method([plots.Arm(diagnose(self.objective))], headline(self.choices)))
         self.screen.begin(start, steps)
+        read = batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
         parts = Training(
-            accelerator, unet, optimizer, lr, self.objective, ema,
-            iter(batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)),
-            meter, tracker, checkpoints, functools.partial(self._evaluate, studio), self.screen.report,
+            accelerator, unet, update, lr, self.objective, ema, on_device(read, accelerator.device), meter,
+            tracker, checkpoints, functools.partial(self._evaluate, studio), self.screen.report,
         )  # fmt: skip
         reached = train(settings, parts, start=start, steps=steps, stop=stop)
         self.screen.end()
@@ -221,6 +224,17 @@ class Job:
         if accelerator.is_main_process:
             self._finish(components, encoded, ema.averages(), tracker)
         accelerator.wait_for_everyone()
+
+    def _updating(self, unet: Any) -> tuple[Any, Any, Update]:
+        """The prepared UNet, the optimizer or all of them seen as one, and what updates the weights."""
+        limit, free = self.settings.max_grad_norm, self.objective.parameter_groups()
+        if self.in_backward:
+            prepared = self.accelerator.prepare(unet)
+            several = UpdateInBackward(self.build(self.cfg.optimizer), unet, limit, free)
+            return prepared, several, several
+        optimizer = self.build(self.cfg.optimizer, params=[{"params": list(unet.parameters())}, *free])
+        prepared, optimizer = self.accelerator.prepare(unet, optimizer)
+        return prepared, optimizer, WholeUpdate(self.accelerator, optimizer, prepared.parameters(), limit)
 
     def _evaluate(self, studio: Studio, step: int, last: bool) -> dict[str, float]:
         values: dict[str, float] = {}

@@ -62,6 +62,11 @@ class Batch:
         """What the loader calls for copies to a GPU that run beside computation."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until `stream` has used it, although it was filled on another."""
+        for f in fields(self):
+            getattr(self, f.name).record_stream(stream)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 

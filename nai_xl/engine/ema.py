@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,48 +14,102 @@ from torch import Tensor, nn
 
 
 class StandardEma:
-    """shadow = d shadow + (1 - d) weights after every optimizer step, with d = min(decay, (1 + n) / (10 + n)).
+    """shadow = d shadow + (1 - d) weights after every optimizer step n, with d = min(decay, (1 + n) / (10 + n)).
 
     The warm-up (TensorFlow's ExponentialMovingAverage) keeps short runs from staying at the initial weights.
+
+    With `every` = N only each N-th step's weights are taken in, with the weight 1 - (product of the N steps' d): what
+    the average forgets in N steps stays the same. `device` = cpu keeps the average in main memory: the weights are
+    copied there and taken in by a thread of its own while training goes on; null keeps it beside the model.
     """
 
-    def __init__(self, model: nn.Module, *, decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999):
-        self.decay, self.updates = decay, 0
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999,
+        every: Annotated[int, Field(ge=1)] = 1,
+        device: Literal["cpu"] | None = None,
+    ):
+        self.decay, self.every = decay, every
         self.live = dict(model.named_parameters())
-        self.shadow = {name: p.detach().float().clone() for name, p in self.live.items()}
+        self.shadow = {
+            name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self.live.items()
+        }
+        self.away = _Away(list(self.live.values())) if device else None
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step number `step`, counted from 1."""
-        self.updates = step
-        keep = min(self.decay, (1 + step) / (10 + step))
-        live = [p.detach().float() for p in self.live.values()]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - keep)
+        """Take in the weights after optimizer step number `step`, counted from 1, if it is one of each `every`."""
+        if step % self.every:
+            return
+        last = range(step - self.every + 1, step + 1)
+        share = 1 - math.prod(min(self.decay, (1 + n) / (10 + n)) for n in last)
+        shadow = list(self.shadow.values())
+        if self.away:
+            self.away.lerp(shadow, share)
+        else:
+            live: list[Tensor] = [p.detach() for p in self.live.values()]
+            torch._foreach_lerp_(shadow, [p.float() for p in live], share)
 
     def averages(self) -> dict[str, Tensor]:
         """Parameter name -> averaged weight, float32."""
+        if self.away:
+            self.away.wait()
         return self.shadow
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model holds the averages inside the block, and its own weights again after it."""
         own = {name: p.detach().to("cpu", copy=True) for name, p in self.live.items()}
-        _copy_into(self.live, self.shadow)
+        _copy_into(self.live, self.averages())
         try:
             yield
         finally:
             _copy_into(self.live, own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "shadow": self.shadow}
+        return {"shadow": self.averages()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises KeyError when the names differ: never resume half an average."""
         if state["shadow"].keys() != self.shadow.keys():
             raise KeyError("the saved average belongs to another model")
-        self.updates = state["updates"]
         for name, tensor in state["shadow"].items():
             self.shadow[name].copy_(tensor)
+
+
+class _Away:
+    """Copies weights to main memory and takes them into an average there, beside the training."""
+
+    def __init__(self, live: list[nn.Parameter]):
+        self.live = live
+        pinned = live[0].is_cuda
+        self.copies = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for p in live]
+        self.copied = torch.cuda.Event() if pinned else None
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="ema")
+        self.pending: Future[None] | None = None
+
+    def lerp(self, shadow: list[Tensor], share: float) -> None:
+        """shadow += share (weights - shadow), with the weights as they are now."""
+        self.wait()
+        # on the stream of the training itself: the next optimizer step comes after it and cannot change what is copied
+        for copy, parameter in zip(self.copies, self.live, strict=True):
+            copy.copy_(parameter.detach(), non_blocking=True)
+        if self.copied:
+            self.copied.record()
+        self.pending = self.worker.submit(self._take_in, shadow, share)
+
+    def _take_in(self, shadow: list[Tensor], share: float) -> None:
+        if self.copied:
+            self.copied.synchronize()
+        torch._foreach_lerp_(shadow, [copy.float() for copy in self.copies], share)
+
+    def wait(self) -> None:
+        """Return when the average has taken in everything it was given."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
 
 
 class NoEma:

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from nai_xl.diffusion.objective import Objective
 from nai_xl.engine.distributed import Precision
 from nai_xl.engine.optimizer import LearningRate
+from nai_xl.engine.update import Update
 from nai_xl.errors import UserError
 from nai_xl.types import Batch, Checkpointer, Ema, Tracker
 
@@ -100,11 +101,11 @@ class Training:
 
     accelerator: Accelerator
     unet: nn.Module
-    optimizer: Any
+    update: Update
     lr: LearningRate
     objective: Objective
     ema: Ema
-    batches: Iterator[Batch]
+    batches: Iterator[Batch]  # on the device
     meter: Any
     tracker: Tracker
     checkpoints: Checkpointer
@@ -123,15 +124,11 @@ def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: St
             batch = next(parts.batches)
             waited = time.perf_counter() - waiting
             with _no_sync_unless_last(parts, micro, run.grad_accum):
-                losses, level = parts.objective(parts.unet, batch.to(parts.accelerator.device))
+                losses, level = parts.objective(parts.unet, batch)
                 parts.accelerator.backward(losses.mean() / run.grad_accum)
             parts.meter.add(losses, level, batch, waited=waited)
         _average_learned_gradients(parts)
-        norm = parts.accelerator.clip_grad_norm_(parts.unet.parameters(), run.max_grad_norm)
-        parts.meter.add_grad_norm(norm)
-        _refuse_non_finite(parts, norm)
-        parts.optimizer.step()
-        parts.optimizer.zero_grad(set_to_none=True)
+        parts.meter.add_grad_norm(parts.update())
         step += 1
         parts.ema.update(step)
         values: dict[str, float] = {}
@@ -160,21 +157,6 @@ def _average_learned_gradients(parts: Training) -> None:
         for parameter in parts.objective.learned.parameters():
             if parameter.grad is not None:
                 parameter.grad = parts.accelerator.reduce(parameter.grad, "mean")
-
-
-def _refuse_non_finite(parts: Training, norm: Tensor) -> None:
-    """Let the optimizer skip a step whose gradient is not finite, without waiting for the device to tell.
-
-    torch's fused optimizers skip by the tensor `found_inf`, as they do for a GradScaler; for others the loop must look.
-    The meter raises at the next report.
-    """
-    if parts.accelerator.scaler is not None:
-        return  # fp16: the scaler skips such steps itself while it looks for a scale
-    optimizer = getattr(parts.optimizer, "optimizer", parts.optimizer)
-    if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~norm.isfinite()).float()
-    elif not norm.isfinite():
-        optimizer.zero_grad(set_to_none=True)
 
 
 def _save(parts: Training, step: int) -> int:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
-from torch.optim import Optimizer
+
+class HasGroups(Protocol):
+    """An optimizer, or several seen as one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
 
 
 def _warm(step: int, warmup: int) -> float:
@@ -32,7 +38,7 @@ class LearningRate:
     neither several GPUs nor a resumed run can put it out of step.
     """
 
-    def __init__(self, optimizer: Optimizer, curve: Callable[..., float], total: int):
+    def __init__(self, optimizer: HasGroups, curve: Callable[..., float], total: int):
         self.optimizer, self.curve, self.total = optimizer, curve, total
         self.base = [group["lr"] for group in optimizer.param_groups]
 

@@ -15,7 +15,7 @@ from benchmarks.peers_parity import Step, as_batch, compare, passed
 from nai_xl.diffusion.schedule import scaled_linear
 from nai_xl.diffusion.timesteps import uniform
 
-LAUNCHER = Path(__file__).parents[2] / "benchmarks" / "peers_launch.py"
+LAUNCHER = Path(__file__).parents[1] / "benchmarks" / "peers_launch.py"
 # what a peer's script does, by diffusers and torch alone
 TRAINER = """
 import sys, torch

@@ -1,0 +1,119 @@
+"""The benchmarks still run and count what they say. No time is asserted."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark by its name, imported as `python benchmarks/NAME.py` finds it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_spread_is_numpys(load: Any) -> None:
+    spread = load("common").spread
+
+    @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=50))
+    def agrees(times: list[float]) -> None:
+        expected = dict(zip(("median", "p10", "p90"), np.percentile(times, (50, 10, 90)), strict=True))
+        assert spread(times) == pytest.approx({**expected, "mean": np.mean(times)}, rel=1e-9, abs=1e-9)
+
+    agrees()
+
+
+def test_arms_take_turns_and_the_first_round_is_thrown_away(load: Any) -> None:
+    turns: list[str] = []
+
+    def arm(name: str) -> Any:
+        return lambda: turns.append(name) or [float(len(turns))]  # type: ignore[func-returns-value]
+
+    found = load("common").interleave({"a": arm("a"), "b": arm("b"), "c": arm("c")}, 2)
+    assert "".join(turns) == "abca" * 3
+    assert found == {"a": [[5], [9]], "b": [[6], [10]], "c": [[7], [11]], "a again": [[8], [12]]}
+
+
+def test_the_clock_does_not_count_what_is_inside_twice(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load("common")
+    now = iter([0.0, 2.0, 5.0, 11.0])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(now))
+    clock = common.Clock()
+    with clock("outer"), clock("inner"):
+        pass
+    assert clock.seconds == {"inner": 3.0, "outer": 8.0}
+
+
+def test_overhead_compares_two_loops_that_compute_the_same(load: Any, tmp_path: Path) -> None:
+    found = load("overhead").main(["--steps=2", "--rounds=1", "--threads=1", "--batch=1", f"--out={tmp_path}"])
+    assert max(found["agree"].values()) < 1e-5
+    record = json.loads((tmp_path / "overhead.json").read_text())
+    assert record["rows"][0]["arm"] == "bare" and len(record["rows"]) == 5
+    assert all(math.isfinite(row["overhead ms"]) for row in record["rows"])
+    assert record["versions"]["torch"] == torch.__version__
+    parts = {row["part"] for row in json.loads((tmp_path / "overhead_parts.json").read_text())["rows"]}
+    assert {"batches", "objective", "unet", "meter.add", "update", "accelerator.backward"} <= parts
+    assert "| bare |" in (tmp_path / "overhead.md").read_text()
+
+
+def test_ops_are_those_of_the_bare_loop(load: Any) -> None:
+    """Inside the network both ask for the same; around it ours may ask for a little more."""
+    ops = load("ops")
+    ours, bare = ops.our_steps("tiny", 64, 1, [], 2), ops.bare_steps("tiny", 64, 1, "no", 2)
+    assert ours.ops["forward"] == bare.ops["forward"]
+    heavy = ("convolution_backward", "addmm", "mm", "bmm")
+    assert [ours.ops["backward"][name] for name in heavy] == [bare.ops["backward"][name] for name in heavy]
+    assert ours.ops["update"]["_fused_adamw_"] == bare.ops["update"]["_fused_adamw_"] == 2
+    assert sum(bare.waits.values()) == 0
+
+
+def test_waits_are_seen(load: Any) -> None:
+    """Every kind of read of a tensor's value, once; what needs no value is none."""
+    ops = load("ops")
+    x = torch.arange(4.0)
+    reads = [
+        lambda: x[0].item(),
+        lambda: bool(x[0]),
+        lambda: x.cpu(),
+        lambda: x.tolist(),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: torch.equal(x, x),
+        lambda: x.unique(),
+    ]
+    for read in reads:
+        count = ops.Count()
+        with ops.HostReads(count), count:
+            x[torch.tensor([0, 1])].clamp(min=1).sum().isfinite()
+            assert count.waits.total() == 0
+            read()
+        assert count.waits.total() == 1, count.waits
+        assert all("test_benchmarks.py:" in what for what in count.waits)
+
+
+def test_out_of_memory_is_a_result(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet: ModuleType = load("unet")
+
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(unet, "measure", full)
+    assert unet.one_job({"arm": "bare"}) == {"failed": "out of memory"}
+
+
+def test_a_speed_is_measured_by_the_runs_own_objects(load: Any) -> None:
+    found = load("unet").measure("tiny", "memory=[sdpa,gradient_checkpointing]", 1, 64, 1, 2)
+    assert found["images/s"] == pytest.approx(1000 / found["median ms"])
+    flops = load("nai_xl.model.flops").training_flops(load("nai_xl.model.tiny").tiny_sdxl(seed=0).unet, 64, 64)
+    assert found["TFLOP/s"] == pytest.approx(flops * found["images/s"] / 1e12)
