@@ -75,7 +75,6 @@ def test_an_equal_trainer_agrees_at_every_step(model: Path, captured: list[Step]
     rows = compare(model, captured, "no", 1e-5)
     assert len(rows) == 2
     assert passed(rows, "no")
-    assert max(row["noisy"] for row in rows) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -94,10 +93,10 @@ def test_any_difference_shows(model: Path, captured: list[Step], name: str, chan
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 2e-5])
-def test_every_step_and_both_numbers_count(bad: float) -> None:
-    good = {"noisy": 1.0, "loss": 1e-6, "grad_norm": 1e-6}
+def test_every_step_and_every_number_count(bad: float) -> None:
+    good = {"noisy": 1e-6, "loss": 1e-6, "grad_norm": 1e-6}
     assert passed([good, good], "no")
-    for name in ("loss", "grad_norm"):
+    for name in good:
         assert not passed([good, good | {name: bad}], "no")
 
 
