@@ -34,9 +34,9 @@ from nai_xl.errors import UserError, one_line
 
 # a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
 TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
-SETTINGS = ("name", "output_dir", "plugins", "native", "run", "sampling", "objective", "noise")
+SETTINGS = ("name", "output_dir", "plugins", "native", "run", "sampling", "objective", "noise", "profile")
 VOLATILE = (
-    "output_dir plugins tracker evals checkpoint distributed cache data.cache native model.config sampling "
+    "output_dir plugins tracker evals checkpoint distributed cache data.cache native model.config sampling profile "
     "run.log_every run.checkpoint_every run.keep_checkpoints run.workers"
 ).split()
 LENGTH = ("run.max_images", "run.epochs")

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
@@ -26,13 +27,20 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import Stratified
 from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.encode import Encoder
+from nai_xl.engine.hardware import find
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
+from nai_xl.engine.memory import process_wide
+from nai_xl.engine.memory.attention import refuse_two_attentions
+from nai_xl.engine.memory.together import refuse_misfits
 from nai_xl.engine.optimizer import LearningRate
+from nai_xl.engine.optimizers.stochastic import keep_layout
 from nai_xl.engine.prefetch import on_device
 from nai_xl.engine.run_dir import RunDirectory
 from nai_xl.engine.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
+from nai_xl.engine.warm import warm_up
 from nai_xl.inspect import headline
 from nai_xl.model.export import save_pipeline
+from nai_xl.model.flops import training_flops
 from nai_xl.model.latents import Moments, Statistics, in_words, read_statistics, write_statistics
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components, check_sdxl
@@ -41,9 +49,10 @@ from nai_xl.report import plots
 from nai_xl.report.console import Screen, counted
 from nai_xl.report.evaluate import Studio
 from nai_xl.report.metrics import Meter
+from nai_xl.report.profile import NoProfiler, Profiler, Setup
 from nai_xl.report.provenance import git_commit
 from nai_xl.report.tracking import NoTracker
-from nai_xl.types import Bucket, Tracker
+from nai_xl.types import Batch, Bucket, Tracker
 
 HEADLINE = ("model", "schedule", "parameterization", "loss")  # of a run's default name
 
@@ -66,6 +75,8 @@ class Job:
         self.sampling, self.text = self.build(self.cfg.sampling), self.build(self.cfg.text)
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
         self.memory, self.evals = self._several("memory"), self._several("evals")
+        refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.settings.mixed_precision)
+        refuse_two_attentions(self.memory)
         self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
         name = self.cfg.name or "-".join(self.choices.get(group, group) for group in HEADLINE)
         self.home = RunDirectory(Path(self.cfg.output_dir) / f"{name}-{config.signature(self.cfg)}")
@@ -126,7 +137,7 @@ class Job:
         tracker = (
             self.build(self.cfg.tracker, run_dir=self.home.path) if self.accelerator.is_main_process else NoTracker()
         )
-        with tracker, Stop() as stop:
+        with tracker, Stop() as stop, process_wide.restored():
             tags = {**self.choices, "git_commit": git_commit(), "data_fingerprint": index.fingerprint()}
             tracker.params(config.flat(self.cfg), tags)
             tracker.artifact(self.home.path / "config.yaml")
@@ -180,12 +191,15 @@ class Job:
         ema = self.build(self.cfg.ema, model=components.unet)
         scaled = accelerator.scaler is not None
         world = accelerator.num_processes
+        gpu = find(torch.cuda.get_device_name()) if accelerator.device.type == "cuda" else None
         meter = Meter(
             len(self.objective.schedule),
             gather=accelerator.gather,
             rank=accelerator.process_index,
             world=world,
             refuse_gradients=not scaled,
+            flops=lambda height, width, tokens: training_flops(components.unet, height, width, tokens=tokens),
+            peak_tflops=gpu.bf16_tflops if gpu else None,
         )
         checkpoints.bind(
             pace=Pace(settings.images_per_step(world), settings.chunk_size(world)),
@@ -210,13 +224,17 @@ class Job:
         self._say_plan(components, encoded, start, steps)
         if start == 0 and accelerator.is_main_process:
             tracker.figure("method", 0, plots.method([plots.Arm(diagnose(self.objective))], headline(self.choices)))
-        self.screen.begin(start, steps)
         read = batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
+        self._warm_up(unet, encoded, read.dataset[0, 0], tracker, start)
+        profiler = self._profiler(tracker, steps - start)
+        self.screen.begin(start, steps)
         parts = Training(
-            accelerator, unet, update, lr, self.objective, ema, on_device(read, accelerator.device), meter,
-            tracker, checkpoints, functools.partial(self._evaluate, studio), self.screen.report,
+            accelerator, unet, update, lr, self.objective, ema,
+            profiler.watch(on_device(read, accelerator.device)), meter, tracker, checkpoints,
+            functools.partial(self._evaluate, studio), self.screen.report, profiler.step,
         )  # fmt: skip
-        reached = train(settings, parts, start=start, steps=steps, stop=stop)
+        with profiler:
+            reached = train(settings, parts, start=start, steps=steps, stop=stop)
         self.screen.end()
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
@@ -224,6 +242,28 @@ class Job:
         if accelerator.is_main_process:
             self._finish(components, encoded, ema.averages(), tracker)
         accelerator.wait_for_everyone()
+
+    def _warm_up(self, unet: Any, encoded: Encoded, sample: Batch, tracker: Tracker, start: int) -> None:
+        """Let actions that compile do so before the clock starts."""
+        if any(getattr(action, "warms", False) for action in self.memory):
+            buckets = {ref.placement.bucket for refs in encoded.latents for ref in refs}
+            seconds = warm_up(self.objective, unet, self.accelerator, sample, buckets, self.settings.batch_size)
+            self.screen.say(f"compiled for {len(buckets)} bucket shapes in {seconds:.0f} s")
+            tracker.log(start + 1, {"perf/compile_seconds": seconds})  # trackers know no step 0
+
+    def _profiler(self, tracker: Tracker, steps: int) -> Profiler | NoProfiler:
+        if self.cfg.profile is None or not self.accelerator.is_main_process:
+            return NoProfiler()
+        run, memory = self.settings, tuple(map(str, self.cfg.get("memory") or ()))
+        return self.build(
+            self.cfg.profile,
+            steps=steps,
+            dir=self.home.path / "profile",
+            device=self.accelerator.device,
+            setup=Setup(run.batch_size, run.grad_accum, run.workers, run.mixed_precision, memory),
+            show=self.screen.show,
+            tracker=tracker,
+        )
 
     def _updating(self, unet: Any) -> tuple[Any, Any, Update]:
         """The prepared UNet, the optimizer or all of them seen as one, and what updates the weights."""
@@ -233,6 +273,7 @@ class Job:
             several = UpdateInBackward(self.build(self.cfg.optimizer), unet, limit, free)
             return prepared, several, several
         optimizer = self.build(self.cfg.optimizer, params=[{"params": list(unet.parameters())}, *free])
+        keep_layout(optimizer)
         prepared, optimizer = self.accelerator.prepare(unet, optimizer)
         return prepared, optimizer, WholeUpdate(self.accelerator, optimizer, prepared.parameters(), limit)
 

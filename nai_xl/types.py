@@ -154,8 +154,14 @@ class Ema(Stateful, Protocol):
 
 
 class MemoryAction(Protocol):
-    """Changes how much memory or time the model takes, never the loss; applied before accelerate prepares it."""
+    """Changes how much memory or time the model takes, not what it learns; applied before accelerate prepares it.
 
+    tolerance: the largest relative change of a step's loss that it may cause. 0 for what computes the same numbers in
+    the same order, about 1e-5 for other sums in float32, 1e-2 for arithmetic in half precision.
+    """
+
+    @property
+    def tolerance(self) -> float: ...
     def apply(self, model: Any) -> None: ...
 
 

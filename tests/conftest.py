@@ -23,6 +23,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled blocks run torch's traced graphs as they are: making kernels of them takes a minute and a compiler."""
+    monkeypatch.setattr("nai_xl.engine.memory.compiled.BACKEND", "aot_eager")
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Twelve captioned pictures in three aspect ratios, four each."""

@@ -11,7 +11,7 @@ import pytest
 
 from nai_xl.train import main
 from tests.conftest import SMALL
-from tests.test_train import losses
+from tests.test_train import losses, same_weights
 
 
 def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -134,3 +134,28 @@ def test_a_stopped_process_is_continued_by_the_same_command(images: Path, tmp_pa
         if how != signal.SIGKILL:
             assert "the same command goes on from there" in told and process.returncode == 130
         assert run_in(cut, images) == whole
+
+
+def test_a_profiled_run_trains_to_the_same_weights_and_leaves_its_trace_and_summary(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With evaluation inside the window."""
+    left = []
+    for debug in ("debug=[fast]", "debug=[fast,profile]"):
+        folder = tmp_path / str(len(left))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        arguments = [*SMALL, f"data.dir={images}", debug, "run.max_images=16", "run.checkpoint_every=4"]
+        monkeypatch.setattr(sys, "argv", ["train", *arguments, "evals.sample_grid.every=6"])
+        main()
+        left.append(next((folder / "outputs").glob("tiny-*")))
+    plain, profiled = left
+    assert plain.name == profiled.name  # one signature: the profile is not part of what a run is
+    assert same_weights(plain, profiled) and losses(plain) == losses(profiled)
+    assert not (plain / "profile").exists()
+    names = ["summary_step_00000008.txt", "trace_step_00000008.json.gz"]
+    assert sorted(path.name for path in (profiled / "profile").iterdir()) == names
+    told = (profiled / "profile" / names[0]).read_text()
+    assert "profile of steps 5 to 8" in told and "profile of steps 5 to 8" in capsys.readouterr().out
+    for part in ("compute-bound", "memory-bound", "data wait", "convolution_backward", "_fused_adamw_", "item()"):
+        assert part in told

@@ -49,7 +49,10 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_a_run_leaves_metrics_samples_checkpoint_and_pipeline(small: Compose) -> None:
     folder = run(small("run.max_images=8"))
     reported = rows(folder)[4]
-    assert {"train/loss", "train/grad_norm", "train/lr", "perf/images_per_second", "perf/data_wait"} <= reported.keys()
+    assert {"train/loss", "train/grad_norm", "train/lr"} <= reported.keys()
+    perf = {name.removeprefix("perf/"): value for name, value in reported.items() if name.startswith("perf/")}
+    assert perf.keys() == {"images_per_second", "data_wait", "tflops", "peak_memory_gib"}
+    assert 0 < perf["data_wait"] < 1 and all(value > 0 for value in perf.values())
     assert any(name.startswith("train/loss_band_") for name in reported)
     assert Image.open(folder / "samples" / "step_00000004.png").width > 100
     assert (folder / "config.yaml").is_file() and (folder / "skipped.csv").is_file()

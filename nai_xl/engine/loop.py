@@ -111,6 +111,7 @@ class Training:
     checkpoints: Checkpointer
     evaluate: Callable[[int, bool], dict[str, float]]  # step, last -> values
     on_report: Callable[[int, dict[str, float]], None]
+    on_step: Callable[[int], None]  # after every optimizer step, its report included
 
 
 def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: Stop) -> int:
@@ -136,6 +137,7 @@ def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: St
             # a run that is continued later reports the whole interval, as if it had not paused here
             values |= parts.meter.read(lr=rate, clear=step % run.log_every == 0)
         with parts.meter.paused():
+            parts.on_step(step)
             if step % run.checkpoint_every == 0 or step == steps:
                 saved = _save(parts, step)
             values |= parts.evaluate(step, step == steps)

@@ -1,4 +1,4 @@
-"""Batches on the device, one ahead of the one in use."""
+"""Batches on the device, copied beside the computation."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from nai_xl.types import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Every batch on `device`. On a GPU the next one is copied on a stream of its own while this one is computed on."""
+    """Every batch on `device`. On a GPU it is copied on a stream of its own.
+
+    The host never waits in a step, so it asks for a batch while the device still computes on those before it, and the
+    copy runs beside that.
+    """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    read, copying = iter(batches), torch.cuda.Stream(device)
-
-    def copy_next() -> Batch | None:
-        batch = next(read, None)
+    copying = torch.cuda.Stream(device)
+    for batch in batches:
         with torch.cuda.stream(copying):
-            return batch.to(device) if batch else None
-
-    ahead = copy_next()
-    while ahead:
+            moved = batch.to(device)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copying)
-        ahead.record_stream(computing)
-        ready, ahead = ahead, copy_next()
-        yield ready
+        moved.record_stream(computing)
+        yield moved

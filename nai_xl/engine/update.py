@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from nai_xl.engine.optimizers.stochastic import StochasticOptimizer, keep_layout
 from nai_xl.errors import UserError
 
 
@@ -85,6 +86,10 @@ class UpdateInBackward:
         self.blocks = [[p for group in block for p in group["params"]] for block in groups]
         self.limits = [max_grad_norm] * len(blocks) + [float("inf")] * len(free)
         self.optimizers = [make(params=block) for block in groups]
+        for number, optimizer in enumerate(self.optimizers):
+            keep_layout(optimizer)
+            if isinstance(optimizer, StochasticOptimizer):  # or equal places in two blocks would share random bits
+                optimizer.first_number = sum(map(len, self.blocks[:number]))
         self.waiting = [0] * len(groups)
         self._begin()
         for number, block in enumerate(self.blocks):

@@ -37,6 +37,8 @@ def save_pipeline(
     Not every reader knows of a normalisation by channel, so that one is folded into the autoencoder that is written.
     mean, std [4,1,1]. An existing folder is replaced as a whole.
     """
+    # a UNet that was trained in bfloat16 would round its float32 average; on the CPU, where there is room for that
+    components.unet.to("cpu", next(iter(weights.values())).dtype)
     components.unet.load_state_dict(dict(weights), strict=False)
     pipeline = StableDiffusionXLPipeline(
         vae=folded(components.vae, mean, std),

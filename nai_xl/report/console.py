@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from tqdm import tqdm
 
@@ -20,6 +20,15 @@ class Screen:
     def say(self, *lines: str) -> None:
         for line in lines:
             self.console.print(line, markup=False)
+
+    def show(self, content: RenderableType) -> None:
+        """Print something of rich's, above the progress line if that is open."""
+        live = self.bar is not None and self.console.is_terminal
+        if self.bar is not None and live:
+            self.bar.clear()
+        self.console.print(content, soft_wrap=False)
+        if self.bar is not None and live:
+            self.bar.refresh()
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         table = Table(
@@ -47,7 +56,8 @@ class Screen:
     def report(self, step: int, values: Mapping[str, float]) -> None:
         if self.bar is not None and "train/loss" in values:
             loss, speed = values["train/loss"], values["perf/images_per_second"]
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+            mfu = f", MFU {values['perf/mfu']:.0%}" if "perf/mfu" in values else ""
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s{mfu}", refresh=False)
             self.bar.update(step - self.bar.n)
 
     def end(self) -> None:

@@ -1,16 +1,24 @@
 """What a run reports: means by brute force, and refusal of what is not finite."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nai_xl.engine.checkpoint import LocalCheckpoints
 from nai_xl.errors import UserError
-from nai_xl.report.metrics import Meter
+from nai_xl.model.flops import training_flops
+from nai_xl.model.tiny import tiny_sdxl
+from nai_xl.report.metrics import Meter, peak_memory_gib
 from nai_xl.types import Batch, NoiseLevel
 
 
@@ -96,6 +104,111 @@ def test_rates_leave_out_pauses_and_count_all_processes(monkeypatch: pytest.Monk
         values = meter.read(lr=1)
         assert values["perf/images_per_second"] == pytest.approx(images / 4)
         assert values["perf/data_wait"] == pytest.approx(1 / 4)
+
+
+def shaped(images: int, height: int, width: int, tokens: int = 77) -> Batch:
+    """A micro-batch of the tiny model's on a canvas of height x width pixels."""
+    empty, latents = torch.zeros(images), torch.randn(images, 4, height // 8, width // 8)
+    context, item = torch.randn(images, tokens, 160), torch.arange(images)
+    return Batch(latents, context, torch.randn(images, 96), torch.zeros(images, 6), empty, item, item, empty, latents)
+
+
+def test_tflops_are_those_that_torch_counts_in_the_forward_passes_of_every_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unet = tiny_sdxl(seed=0).unet
+    unet.set_attn_processor(AttnProcessor())  # plain products: torch does not count its fused attention on a CPU
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = Meter(1000, gather=alone, flops=partial(flops_of, unet), peak_tflops=0.5)
+    batches = [shaped(2, 64, 64), shaped(1, 64, 96), shaped(3, 96, 64), shaped(2, 64, 64, tokens=154)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for batch in batches:
+            condition = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+            unet(batch.latents, batch.position, batch.context, added_cond_kwargs=condition)
+    for batch in batches:
+        now[0] += 0.25
+        t = torch.zeros(len(batch))
+        meter.add(t, NoiseLevel(t, t, t), batch, waited=0.0)
+    meter.add_grad_norm(torch.tensor(1.0))
+    values = meter.read(lr=1)
+    assert values["perf/tflops"] * 1e12 == pytest.approx(3 * counter.get_total_flops(), rel=1e-9)
+    assert values["perf/mfu"] == pytest.approx(values["perf/tflops"] / 0.5)
+
+
+def flops_of(unet: UNet2DConditionModel, height: int, width: int, tokens: int) -> int:
+    return training_flops(unet, height, width, tokens=tokens)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=8
+    ),
+    st.integers(1, 4),
+)
+def test_tflops_of_a_linear_layer_are_its_closed_form(shapes: list[tuple[int, int, int, int]], world: int) -> None:
+    """2 x cells x in x out FLOPs forward for a layer applied at every latent cell and token; counted a device."""
+    asked = []
+
+    def flops(height: int, width: int, tokens: int) -> int:
+        asked.append((height, width, tokens))
+        return 3 * 2 * ((height // 8) * (width // 8) + tokens) * 4 * 5
+
+    with pytest.MonkeyPatch.context() as patch:
+        now = [0.0]
+        patch.setattr("time.perf_counter", lambda: now[0])
+        meter = Meter(1000, gather=alone, world=world, flops=flops)
+        for images, height, width, chunks in shapes:
+            t = torch.zeros(images)
+            batch = shaped(images, 8 * height, 8 * width, tokens=77 * chunks)
+            meter.add(t, NoiseLevel(t, t, t), batch, waited=0.0)
+        meter.add_grad_norm(torch.tensor(1.0))
+        now[0] += 2.0
+        values = meter.read(lr=1)
+    cells = sum(images * (height * width + 77 * chunks) for images, height, width, chunks in shapes)
+    assert values["perf/tflops"] == pytest.approx(3 * 2 * cells * 4 * 5 / 2.0 / 1e12)
+    assert "perf/mfu" not in values
+    assert len(asked) == len(set(asked))
+
+
+def test_counting_flops_takes_no_time_from_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow(height: int, width: int, tokens: int) -> int:
+        now[0] += 1000.0
+        return 10**12
+
+    meter = Meter(1000, gather=alone, flops=slow)
+    for step in (1, 2):
+        batch, t = shaped(4, 64, 64), torch.zeros(4)
+        meter.add(t, NoiseLevel(t, t, t), batch, waited=0.0)
+        meter.add_grad_norm(torch.tensor(1.0))
+        now[0] += 2.0
+        # the first report is read as at the end of a run that is continued: it keeps its interval
+        values = meter.read(lr=1, clear=False)
+        assert values["perf/images_per_second"] == pytest.approx(2)
+        assert values["perf/tflops"] == pytest.approx(2), step
+
+
+def test_peak_memory_is_the_largest_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, *_ = filled()
+    monkeypatch.setattr("nai_xl.report.metrics.peak_memory_gib", lambda device: 3.0)
+    meter.gather = lambda rows: torch.cat([rows, 2 * rows, rows])
+    assert meter.read(lr=1)["perf/peak_memory_gib"] == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the oracle is Linux's")
+def test_peak_memory_of_a_cpu_is_that_of_the_whole_process() -> None:
+    status = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+    # the kernel keeps the counter by thread and brings it up to date now and then
+    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(kilobytes / 2**20, rel=0.02)
+
+
+def test_peak_memory_of_a_gpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * 2**29)
+    assert peak_memory_gib(torch.device("cuda")) == 1.5
 
 
 def test_resumed_run_reports_the_means_of_the_uninterrupted_one(tmp_path: Path) -> None:
