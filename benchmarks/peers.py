@@ -241,12 +241,14 @@ def told(options: argparse.Namespace) -> str:
 def settings(setup: Setup, agreement: dict[str, dict[str, float]], libraries: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"warm-up steps": WARMUP, "resolution": setup.edge, "images": setup.images}
     found |= {f"parity with {name}": _said(differences) for name, differences in agreement.items()}
+    checkouts = dict(zip(PEERS, (setup.sd_scripts, setup.diffusers), strict=True))
     for make in dict.fromkeys(ARMS):
         arm = make(setup, "matched")
         found[f"{arm.trainer}, matched"] = f"`{_without(setup, arm.arguments)}`"
-        if arm.trainer in PEERS:
+        if arm.trainer in checkouts:
             digest = hashlib.sha256(Path(arm.script).read_bytes()).hexdigest()[:16]
-            found[f"{arm.trainer}'s script"] = f"{Path(arm.script).name} (sha256 {digest}, {_commit(arm.root)})"
+            where = f"sha256 {digest}, {_commit(checkouts[arm.trainer])}"
+            found[f"{arm.trainer}'s script"] = f"{Path(arm.script).name} ({where})"
     return found | {f"{name}'s libraries": numbers for name, numbers in libraries.items()}
 
 
@@ -258,8 +260,15 @@ def _without(setup: Setup, arguments: Sequence[str]) -> str:
     return " ".join(arguments).replace(str(setup.work), "WORK")
 
 
-def _commit(folder: Path) -> str:
-    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+def _commit(checkout: Path) -> str:
+    """Of the checkout itself: a repository around it says nothing about it."""
+    found = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"],
+        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(checkout.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return f"commit {found.stdout.strip()}" if found.returncode == 0 else "no git commit known"
 
 
