@@ -36,21 +36,20 @@ class StandardEma:
         self.shadow = {
             name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self.live.items()
         }
-        self.away = _Away(list(self.live.values())) if device else None
+        self.pairs: tuple[list[Tensor], list[Tensor]] = [*self.shadow.values()], [*self.live.values()]
+        self.away = _Away(self.pairs[1]) if device else None
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 1, if it is one of each `every`."""
         if step % self.every:
             return
         last = range(step - self.every + 1, step + 1)
         share = 1 - math.prod(min(self.decay, (1 + n) / (10 + n)) for n in last)
-        shadow = list(self.shadow.values())
+        shadow, live = self.pairs
         if self.away:
-            self.away.lerp(shadow, share)
+            self.away.take_in(shadow, share)
         else:
-            live: list[Tensor] = [p.detach() for p in self.live.values()]
-            torch._foreach_lerp_(shadow, [p.float() for p in live], share)
+            _lerp(shadow, live, share)
 
     def averages(self) -> dict[str, Tensor]:
         """Parameter name -> averaged weight, float32."""
@@ -79,10 +78,20 @@ class StandardEma:
             self.shadow[name].copy_(tensor)
 
 
+@torch.no_grad()
+def _lerp(shadow: list[Tensor], live: list[Tensor], share: float) -> None:
+    """shadow += share (live - shadow)."""
+    if live[0].dtype == torch.float32:
+        torch._foreach_lerp_(shadow, live, share)
+    else:
+        for average, weight in zip(shadow, live, strict=True):  # one by one: no float32 copy of them all at once
+            average.lerp_(weight.float(), share)
+
+
 class _Away:
     """Copies weights to main memory and takes them into an average there, beside the training."""
 
-    def __init__(self, live: list[nn.Parameter]):
+    def __init__(self, live: list[Tensor]):
         self.live = live
         pinned = live[0].is_cuda
         self.copies = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for p in live]
@@ -90,7 +99,7 @@ class _Away:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="ema")
         self.pending: Future[None] | None = None
 
-    def lerp(self, shadow: list[Tensor], share: float) -> None:
+    def take_in(self, shadow: list[Tensor], share: float) -> None:
         """shadow += share (weights - shadow), with the weights as they are now."""
         self.wait()
         # on the stream of the training itself: the next optimizer step comes after it and cannot change what is copied
@@ -98,12 +107,12 @@ class _Away:
             copy.copy_(parameter.detach(), non_blocking=True)
         if self.copied:
             self.copied.record()
-        self.pending = self.worker.submit(self._take_in, shadow, share)
+        self.pending = self.worker.submit(self._lerp_copies, shadow, share)
 
-    def _take_in(self, shadow: list[Tensor], share: float) -> None:
+    def _lerp_copies(self, shadow: list[Tensor], share: float) -> None:
         if self.copied:
             self.copied.synchronize()
-        torch._foreach_lerp_(shadow, [copy.float() for copy in self.copies], share)
+        _lerp(shadow, self.copies, share)
 
     def wait(self) -> None:
         """Return when the average has taken in everything it was given."""

@@ -43,9 +43,9 @@ def is_attention(option: str) -> bool:
 
 
 def pairs() -> list[str]:
-    """Every two options that may stand together, in both orders of application; those run here."""
+    """Every two options that may stand together, of those that run here."""
     able = [option for option in OPTIONS if refusal(option) is None and option not in COMPILED]
-    return [f"{a},{b}" for a, b in itertools.permutations(able, 2) if not (is_attention(a) and is_attention(b))]
+    return [f"{a},{b}" for a, b in itertools.combinations(able, 2) if not (is_attention(a) and is_attention(b))]
 
 
 def plain_unet() -> nn.Module:

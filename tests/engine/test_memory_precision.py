@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nai_xl.engine.memory import precision, process_wide
 from nai_xl.engine.memory.precision import Bf16Weights, Fp8FeedForward, Tf32
-from nai_xl.engine.memory.together import rounds_stochastically
+from nai_xl.engine.optimizers.rounding import rounds_stochastically
 from nai_xl.errors import UserError
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.train import Job

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from nai_xl import config
 from nai_xl.engine.checkpoint import LocalCheckpoints, ModuleState
 from nai_xl.engine.distributed import SingleProcess
+from nai_xl.engine.optimizers.adamw_bf16 import AdamWBf16
 from nai_xl.engine.update import OptimizerInBackward, UpdateInBackward, WholeUpdate, blocks_of
 from nai_xl.errors import UserError
 from nai_xl.model.tiny import tiny_sdxl
@@ -207,6 +208,19 @@ def test_optimizers_in_backward_resume_exactly(tmp_path: Any) -> None:
     assert its_checkpoints.load_latest() == 3
     go_on(resumed, its_update, range(3, 6))
     torch.testing.assert_close(weights(resumed), weights(model), rtol=0, atol=0)
+
+
+def test_two_blocks_round_by_different_random_bits() -> None:
+    model = network().bfloat16()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    update = UpdateInBackward(lambda params: AdamWBf16(params, lr=1e-3, weight_decay=0.0), model, max_grad_norm=1e3)
+    sum(p.sum() for p in model.parameters()).backward()
+    update()
+    first, second = (model["resnets"][n][0].weight for n in (0, 1))  # the first parameters of two blocks
+    assert len(first.unique()) == 2 == len(second.unique())
+    assert not torch.equal(first, second)
 
 
 def test_blocks_are_those_of_the_unet_and_hold_every_parameter_once() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from nai_xl.engine.memory.compiled import ActivationBudget, Compile
 from nai_xl.engine.memory.precision import Bf16Weights
+from nai_xl.engine.optimizers.rounding import rounds_stochastically
 from nai_xl.errors import UserError
 
 
@@ -33,10 +33,3 @@ def refuse_misfits(actions: Sequence[object], optimizer: Callable[..., Any], mix
                 "memory=bf16_weights needs an optimizer that rounds stochastically: rounding to nearest would drop "
                 "every update below 1/256 of its weight. Set optimizer=adamw_bf16."
             )
-
-
-def rounds_stochastically(optimizer: Callable[..., Any]) -> bool:
-    """Whether bfloat16 weights are rounded at random, not to nearest: our classes' attribute, or torchao's argument."""
-    arguments = optimizer.keywords if isinstance(optimizer, partial) else {}
-    kind = optimizer.func if isinstance(optimizer, partial) else optimizer
-    return bool(arguments.get("bf16_stochastic_round", getattr(kind, "stochastic_rounding", False)))

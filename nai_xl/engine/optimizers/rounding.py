@@ -10,6 +10,8 @@ the uninterrupted one would, and arms of an ablation are rounded alike. `kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +67,10 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-def rounds_stochastically(optimizer: Any) -> bool:
-    """Whether an optimizer, or the one inside accelerate's wrapper, may train bfloat16 weights.
+def rounds_stochastically(make: Callable[..., Any]) -> bool:
+    """Whether an optimizer class, or a partial of one, may train bfloat16 weights.
 
     Ours say so by the class attribute `stochastic_rounding`, torchao's by the argument `bf16_stochastic_round`.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return bool(getattr(inner, "stochastic_rounding", False) or getattr(inner, "bf16_stochastic_round", False))
+    kind, arguments = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+    return bool(arguments.get("bf16_stochastic_round", getattr(kind, "stochastic_rounding", False)))

@@ -1,7 +1,6 @@
 """Stochastic rounding against float64 and the table of bfloat16 numbers; the hash by its statistics."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from nai_xl.engine.optimizers.rounding import (
     parameter_words,
     random_words,
     round_to_bf16,
-    rounds_stochastically,
     step_keys,
 )
 
@@ -94,12 +92,3 @@ def test_the_hash_is_one_to_one_on_words_and_known_at_one() -> None:
     x = 1 * 0x7FEB352D % 2**32
     x = (x ^ x >> 15) * 0x846CA68B % 2**32
     assert mix(torch.tensor([1])).item() == x ^ x >> 16
-
-
-def test_who_rounds_stochastically() -> None:
-    ours, theirs = SimpleNamespace(stochastic_rounding=True), SimpleNamespace(bf16_stochastic_round=True)
-    for inner in (ours, theirs):
-        assert rounds_stochastically(inner) and rounds_stochastically(SimpleNamespace(optimizer=inner))
-    weights = [torch.nn.Parameter(torch.zeros(1))]
-    assert not rounds_stochastically(torch.optim.AdamW(weights))
-    assert not rounds_stochastically(SimpleNamespace(bf16_stochastic_round=False))
