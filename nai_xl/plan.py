@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -344,7 +345,7 @@ def as_json(plan: Plan, gpus: Sequence[Gpu], machines: Machines) -> dict[str, An
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nai_xl.plan", description=__doc__)
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="one card; without it, all of them")
+    parser.add_argument("--gpu", type=_card, metavar="NAME", help=f"one card, without it all: {', '.join(GPUS)}")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of each machine")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines")
     parser.add_argument(
@@ -360,11 +361,20 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def _card(name: str) -> Gpu:
+    """'rtx4090', 'RTX 4090' or '4090', but not 'a100', of which there are two."""
+    plain = re.sub(r"[\s-]", "", name.lower())
+    found = [gpu for key, gpu in GPUS.items() if plain in (key, key.removeprefix("rtx"))]
+    if not found:
+        raise argparse.ArgumentTypeError(f"no card '{name}' in the table; there is {', '.join(GPUS)}")
+    return found[0]
+
+
 def main() -> None:
     torch.set_num_threads(1)  # nothing is computed
     given = arguments(sys.argv[1:])
     machines = Machines(given.gpus, given.nodes, given.utilisation, given.dollars_per_hour)
-    gpus = [GPUS[given.gpu]] if given.gpu else list(GPUS.values())
+    gpus = [given.gpu] if given.gpu else list(GPUS.values())
     quiet_libraries()
     with config.mistakes_told():
         rows: list[tuple[Mapping[str, str], Plan | str]] = []

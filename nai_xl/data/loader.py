@@ -106,11 +106,6 @@ class PositionDataset(Dataset[Batch]):
         )
 
 
-def collate(samples: list[Batch]) -> Batch:
-    """One Batch of all samples, which share a bucket and so every shape."""
-    return Batch(**{name: torch.cat([getattr(s, name) for s in samples]) for name in Batch.__dataclass_fields__})
-
-
 def _as_it_is(batch: Any) -> Any:
     """In place of torch's joining of samples: the data set gives whole batches."""
     return batch

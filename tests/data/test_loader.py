@@ -12,12 +12,13 @@ from torch import Tensor
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.index import Index, Item
-from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches, collate
+from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.errors import UserError
 from nai_xl.rng import draws, generator
 from nai_xl.types import Batch, Bucket, Placement
+from tests.conftest import joined
 
 WIDE, TALL = Bucket(48, 32), Bucket(32, 48)
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1), torch.tensor([2.0, 0.5, 4.0, 1.0]).view(4, 1, 1)
@@ -155,10 +156,10 @@ def test_a_batch_made_at_once_equals_its_samples_made_one_by_one(
     for entry in data.cache.entries.values():
         entry.update({name: tensor.to(dtype) for name, tensor in entry.items()})
     positions = [3, 4, 10, 11, 12, 13, 2**40]
-    expected = collate([one_by_one(data, captions, noise, strata, position) for position in positions])
+    expected = joined([one_by_one(data, captions, noise, strata, position) for position in positions])
     dataset = PositionDataset(data, captions, 1, strata=strata, noise=noise)
     assert_same(dataset.__getitems__([(p, p % 5 * 2) for p in positions]), expected)
-    assert_same(collate([dataset[p, p % 5 * 2] for p in positions]), expected)
+    assert_same(joined([dataset[p, p % 5 * 2] for p in positions]), expected)
 
 
 def test_making_batches_leaves_the_cache_as_it_is() -> None:
