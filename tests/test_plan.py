@@ -114,6 +114,7 @@ def test_mistakes_are_told(told: Callable[..., str]) -> None:
     assert "did you mean 'gpu_24gb'" in told("memory=gpu_24g", status=1)
     assert "no parameter 'beta'" in told("optimizer.beta=1", status=1)
     assert "begin at 1" in told("--gpus", "0", status=2)
+    assert "no card .a100. in the table" in told("--gpu", "a100", status=2).replace("'", ".")
 
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +162,14 @@ def test_every_preset_trains_here(
     job = Job(cfg, {})
     job.run()
     assert job.home.pipeline.is_dir()
+
+
+def test_presets_for_smaller_cards_need_less() -> None:
+    """All that training holds on the card, on the tiny model at one image a step."""
+
+    def needed(preset: str) -> float:
+        [(_, choices, cfg)] = config.combinations([f"memory={preset}", "run.batch_size=1", "bucketing=square"])
+        return plan.make(cfg, choices).footprint.needed
+
+    peaks = [needed(f"gpu_{size}gb") for size in (12, 16, 24, 48, 80)]
+    assert peaks == sorted(peaks) and len(set(peaks)) == 5
