@@ -37,7 +37,8 @@ TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
 SETTINGS = ("name", "output_dir", "plugins", "native", "run", "sampling", "objective", "noise", "profile")
 VOLATILE = (
     "output_dir plugins tracker evals checkpoint distributed cache data.cache native model.config sampling profile "
-    "run.log_every run.checkpoint_every run.keep_checkpoints run.workers"
+    "run.log_every run.checkpoint_every run.keep_checkpoints run.workers ema.device "
+    "memory.gradient_checkpointing memory.offload_activations"  # which change no bit of what is learned
 ).split()
 LENGTH = ("run.max_images", "run.epochs")
 

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ from nai_xl.engine.estimate import ALLOWANCE, SLACK, Footprint, Micro, Rehearsal
 from nai_xl.engine.hardware import GIB, GPUS, Gpu
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.memory.attention import refuse_two_attentions
-from nai_xl.engine.memory.together import refuse_misfits
+from nai_xl.engine.memory.together import autocast, refuse_misfits
 from nai_xl.engine.throughput import UTILISATION, Speed, expected
 from nai_xl.engine.update import OptimizerInBackward
 from nai_xl.errors import UserError
-from nai_xl.model.flops import FORWARDS_PER_STEP, forward_flops
+from nai_xl.model.flops import FORWARDS_PER_STEP, by_area, forward_flops
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import SDXL_BASE, unet_skeleton
 from nai_xl.model.tiny import tiny_unet_skeleton
@@ -129,12 +128,11 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     on_host = cfg.ema.get("device") == "cpu"
     rehearsal = Rehearsal(unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm)
     tokens = 77 * int((cfg.get("text") or {}).get("chunks", 1))
+    precision = autocast(actions, settings.mixed_precision)
     keeps = settings.grad_accum > 1 or machines.world > 1
-    footprint = rehearsal.run(
-        Micro(settings.batch_size, worst.height, worst.width, tokens, settings.mixed_precision, keeps)
-    )
+    footprint = rehearsal.run(Micro(settings.batch_size, worst.height, worst.width, tokens, precision, keeps))
     half = settings.mixed_precision != "no" or "bf16_weights" in cfg.memory
-    forward = forward_by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
+    forward = by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
     return Plan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host)
 
 
@@ -160,35 +158,6 @@ def find_canvases(cfg: DictConfig, build: Callable[..., Any]) -> tuple[dict[Buck
         counts = Counter(bucketing.assign(*item.size) for item in index.items)
         return dict(sorted(counts.items(), key=lambda pair: -pair[1])), True
     return dict.fromkeys(sorted(bucketing.buckets, key=lambda b: (-b.width * b.height, b)), 1), False
-
-
-def forward_by_area(count: Callable[[int, int], int], canvases: Mapping[Bucket, int]) -> dict[Bucket, int]:
-    """FLOPs of one image's forward pass on each canvas.
-
-    Convolutions and linear layers go with the number of tokens, self-attention with its square: three canvases are
-    counted, and a parabola through them gives the rest. Exact while every side is a multiple of the UNet's own factor.
-    """
-    areas = {bucket: bucket.width * bucket.height for bucket in canvases}
-    of_area = {area: bucket for bucket, area in areas.items()}
-    if len(of_area) <= 3:
-        known = {area: count(bucket.height, bucket.width) for area, bucket in of_area.items()}
-        return {bucket: known[area] for bucket, area in areas.items()}
-    ordered = sorted(of_area)
-    nodes = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-    known = {area: count(of_area[area].height, of_area[area].width) for area in nodes}
-    return {bucket: int(_parabola(known, area)) for bucket, area in areas.items()}
-
-
-def _parabola(known: Mapping[int, int], at: int) -> Fraction:
-    """Lagrange's polynomial through these points."""
-    total = Fraction(0)
-    for x, y in known.items():
-        weight = Fraction(1)
-        for other in known:
-            if other != x:
-                weight *= Fraction(at - other, x - other)
-        total += y * weight
-    return total
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,12 +27,14 @@ from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import Stratified
 from nai_xl.engine.checkpoint import ModuleState
+from nai_xl.engine.ema import NoEma
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.hardware import find
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
 from nai_xl.engine.memory import process_wide
 from nai_xl.engine.memory.attention import refuse_two_attentions
-from nai_xl.engine.memory.together import refuse_misfits
+from nai_xl.engine.memory.compiled import uncompiled
+from nai_xl.engine.memory.together import autocast, refuse_misfits
 from nai_xl.engine.optimizer import LearningRate
 from nai_xl.engine.optimizers.stochastic import keep_layout
 from nai_xl.engine.prefetch import on_device
@@ -41,7 +43,7 @@ from nai_xl.engine.update import OptimizerInBackward, Update, UpdateInBackward, 
 from nai_xl.engine.warm import warm_up
 from nai_xl.inspect import headline
 from nai_xl.model.export import save_pipeline
-from nai_xl.model.flops import training_flops
+from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, Statistics, in_words, read_statistics, write_statistics
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components, check_sdxl
@@ -111,7 +113,9 @@ class Job:
             self.screen.say(f"skipped: {skip.path}: {skip.reason}")
 
     def _begin(self) -> None:
-        self.accelerator: Accelerator = self.build(self.cfg.distributed).accelerator(self.settings.mixed_precision)
+        self.accelerator: Accelerator = self.build(self.cfg.distributed).accelerator(
+            autocast(self.memory, self.settings.mixed_precision)
+        )
         settings, world = self.settings, self.accelerator.num_processes
         settings.chunk_size(world)  # refuses a chunk that micro-batches do not divide
         if self.in_backward:
@@ -189,7 +193,8 @@ class Job:
         learned = self.objective.learned.to(accelerator.device)
         unet, optimizer, update = self._updating(components.unet)
         lr = LearningRate(optimizer, self.build(self.cfg.lr), steps)
-        ema = self.build(self.cfg.ema, model=components.unet)
+        # the first process alone evaluates, saves and exports
+        ema = (self.build(self.cfg.ema) if accelerator.is_main_process else NoEma)(model=components.unet)
         scaled = accelerator.scaler is not None
         world = accelerator.num_processes
         gpu = find(torch.cuda.get_device_name()) if accelerator.device.type == "cuda" else None
@@ -199,7 +204,7 @@ class Job:
             rank=accelerator.process_index,
             world=world,
             refuse_gradients=not scaled,
-            flops=lambda height, width, tokens: training_flops(components.unet, height, width, tokens=tokens),
+            flops=self._flops(components, encoded),
             peak_tflops=gpu.bf16_tflops if gpu else None,
         )
         checkpoints.bind(
@@ -268,6 +273,16 @@ class Job:
             tracker=tracker,
         )
 
+    def _flops(self, components: Components, encoded: Encoded) -> Callable[[int, int, int], int]:
+        """FLOPs of one image's training step by height, width and tokens; counted when first asked for."""
+        canvases = {ref.placement.bucket for refs in encoded.latents for ref in refs}
+
+        @functools.cache
+        def all_canvases(tokens: int) -> dict[Bucket, int]:
+            return by_area(functools.partial(training_flops, components.unet, tokens=tokens), canvases)
+
+        return lambda height, width, tokens: all_canvases(tokens)[Bucket(width, height)]
+
     def _updating(self, unet: Any) -> tuple[Any, Any, Update]:
         """The prepared UNet, the optimizer or all of them seen as one, and what updates the weights."""
         limit, free = self.settings.max_grad_norm, self.objective.parameter_groups()
@@ -284,8 +299,9 @@ class Job:
         values: dict[str, float] = {}
         due = [evaluator for evaluator in self.evals if last or step % evaluator.every == 0]
         if due and self.accelerator.is_main_process:
-            for evaluator in due:
-                values |= evaluator.run(step, studio)
+            with uncompiled(self.memory):
+                for evaluator in due:
+                    values |= evaluator.run(step, studio)
         if due:
             self.accelerator.wait_for_everyone()
         return values

@@ -112,6 +112,10 @@ class Bucket(NamedTuple):
     def name(self) -> str:
         return f"{self.width}x{self.height}"
 
+    def at_once(self, pixels: int, most: int) -> int:
+        """How many images of this canvas to compute together: at least one, at most `most`, else `pixels` in all."""
+        return max(1, min(most, pixels // (self.width * self.height)))
+
 
 class Placement(NamedTuple):
     """How an image lands on its canvas: resize to `resized` (width, height), then cut at `crop` (left, top)."""

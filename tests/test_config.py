@@ -63,7 +63,8 @@ def test_a_path_becomes_a_path() -> None:
 
 CHANGING = "optimizer.lr=1 schedule=scaled_linear loss.gamma=4 run.seed=1 run.batch_size=3 text.chunks=2 memory=[]"
 HARMLESS = (
-    "run.max_images=9 run.log_every=3 tracker=jsonl cache=memory output_dir=x run.workers=2 evals=[] debug=profile"
+    "run.max_images=9 run.log_every=3 tracker=jsonl cache=memory output_dir=x run.workers=2 evals=[] debug=profile "
+    "ema.device=cpu memory=[sdpa,gradient_checkpointing] memory=[sdpa,offload_activations]"
 )
 
 

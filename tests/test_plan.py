@@ -16,7 +16,7 @@ from nai_xl.engine.hardware import GIB, GPUS
 from nai_xl.engine.memory import compiled
 from nai_xl.engine.throughput import all_reduce_seconds, expected
 from nai_xl.errors import UserError
-from nai_xl.model.flops import forward_flops
+from nai_xl.model.flops import by_area, forward_flops
 from nai_xl.model.tiny import tiny_unet_skeleton
 from nai_xl.train import Job
 from nai_xl.types import Bucket
@@ -84,7 +84,7 @@ def test_flops_of_all_canvases_from_three_of_them() -> None:
         counted.append((height, width))
         return forward_flops(unet, height, width)
 
-    found = plan.forward_by_area(count, canvases)
+    found = by_area(count, canvases)
     assert len(counted) == 3
     assert found == {bucket: forward_flops(unet, bucket.height, bucket.width) for bucket in canvases}
 

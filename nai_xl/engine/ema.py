@@ -19,8 +19,9 @@ class StandardEma:
     The warm-up (TensorFlow's ExponentialMovingAverage) keeps short runs from staying at the initial weights.
 
     With `every` = N only each N-th step's weights are taken in, with the weight 1 - (product of the N steps' d): what
-    the average forgets in N steps stays the same. `device` = cpu keeps the average in main memory: the weights are
-    copied there and taken in by a thread of its own while training goes on; null keeps it beside the model.
+    the average forgets in N steps stays the same. The first 10 N steps, when it changes fast, are all taken in.
+    `device` = cpu keeps the average in main memory: the weights are copied there and taken in by a thread of its own
+    while training goes on; null keeps it beside the model.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class StandardEma:
         self.away = _Away(self.pairs[1]) if device else None
 
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step number `step`, counted from 1, if it is one of each `every`."""
-        if step % self.every:
+        """Take in the weights after optimizer step number `step`, counted from 1, if its turn has come."""
+        early = step <= 10 * self.every
+        if step % self.every and not early:
             return
-        last = range(step - self.every + 1, step + 1)
+        last = range(step if early else step - self.every + 1, step + 1)
         share = 1 - math.prod(min(self.decay, (1 + n) / (10 + n)) for n in last)
         shadow, live = self.pairs
         if self.away:
@@ -94,7 +96,9 @@ class _Away:
     def __init__(self, live: list[Tensor]):
         self.live = live
         pinned = live[0].is_cuda
-        self.copies = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for p in live]
+        # one piece of pinned memory: for many, torch would round each size up to a power of two
+        whole = torch.empty(sum(p.numel() for p in live), dtype=live[0].dtype, pin_memory=pinned)
+        self.copies = [part.view(p.shape) for part, p in zip(whole.split([p.numel() for p in live]), live, strict=True)]
         self.copied = torch.cuda.Event() if pinned else None
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="ema")
         self.pending: Future[None] | None = None

@@ -23,6 +23,7 @@ from nai_xl.model.text import TextEncoding, encode_texts
 from nai_xl.model.vae import encode_pixels, on_canvas, to_pixels
 from nai_xl.types import Bucketing, Cache, Placement
 
+PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
 VERSION = 2  # raise it whenever this code makes other latents or text conditions from the same input
 T = TypeVar("T")
 
@@ -54,14 +55,14 @@ class Encoder:
 
         return [[LatentRef(key(item, name), place) for place, name in places(*item.size)] for item in index.items]
 
-    def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]], *, batch: int = 8) -> dict[Path, str]:
+    def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]]) -> dict[Path, str]:
         """Encode what the cache lacks. Returns the images that could not be decoded, with the reason."""
         jobs = [(item, ref) for item, row in zip(index.items, refs, strict=True) for ref in row]
         mine = [job for job in self._share(jobs) if job[1].key not in self.cache]
         bad: dict[Path, str] = {}
         vae = self.components.vae.to(self.device)
         with ThreadPoolExecutor(4) as pool, _bar("latents", len(mine), self.rank) as bar:
-            for group in _by_bucket(mine, batch):
+            for group in _by_bucket(mine):
                 canvases = list(pool.map(_canvas, group))
                 whole = [(ref, c) for (_, ref), c in zip(group, canvases, strict=True) if isinstance(c, torch.Tensor)]
                 bad |= {item.path: c for (item, _), c in zip(group, canvases, strict=True) if isinstance(c, str)}
@@ -112,11 +113,11 @@ def _canvas(job: tuple[Item, LatentRef]) -> torch.Tensor | str:
         return f"not a whole image: {one_line(error)}"
 
 
-def _by_bucket(jobs: Sequence[tuple[Item, LatentRef]], size: int) -> Iterator[list[tuple[Item, LatentRef]]]:
-    """Lists of at most `size` jobs that share a canvas."""
+def _by_bucket(jobs: Sequence[tuple[Item, LatentRef]]) -> Iterator[list[tuple[Item, LatentRef]]]:
+    """Lists of jobs that share a canvas, of at most PIXELS together."""
     ordered = sorted(jobs, key=lambda job: job[1].placement.bucket)
-    for _, same in groupby(ordered, key=lambda job: job[1].placement.bucket):
-        yield from _batches(list(same), size)
+    for bucket, same in groupby(ordered, key=lambda job: job[1].placement.bucket):
+        yield from _batches(list(same), bucket.at_once(PIXELS, most=8))
 
 
 def _batches(rows: list[T], size: int) -> Iterator[list[T]]:

@@ -73,7 +73,7 @@ class UpdateInBackward:
     with any optimizer, one per block. The norm of the whole gradient is known only when it is gone, so each block's own
     norm is clipped to `max_grad_norm`: equal to the usual clip as long as the whole norm is within it, and looser by at
     most the square root of the number of blocks beyond. A block whose gradient is not finite is left as it was, and so
-    are those after it in the same step.
+    are those after it in the same step; optimizers that cannot skip a step by a tensor get a gradient of 0 instead.
 
     `make`: parameter groups -> optimizer. `free`: further groups, not clipped, such as a learned weighting's.
     """
@@ -163,18 +163,18 @@ class OptimizerInBackward:
 
     def refuse(self, *, grad_accum: int, precision: str, world: int) -> None:
         """Raise UserError where a gradient must outlive the backward pass that made it."""
-        override = "; leave out memory=[...,optimizer_in_backward]"
+        without = "'~memory.optimizer_in_backward'"
         if grad_accum > 1:
             raise UserError(
-                f"memory: optimizer_in_backward cannot accumulate gradients; set run.grad_accum=1{override}"
+                f"memory: optimizer_in_backward cannot accumulate gradients; set run.grad_accum=1 or {without}"
             )
         if precision == "fp16":
             raise UserError(
-                f"memory: optimizer_in_backward does without a loss scaler; set run.mixed_precision=bf16{override}"
+                f"memory: optimizer_in_backward does without a loss scaler; set run.mixed_precision=bf16 or {without}"
             )
         if world > 1:
             raise UserError(
-                f"memory: optimizer_in_backward leaves no gradient to average over {world} processes{override}"
+                f"memory: optimizer_in_backward leaves nothing to average over {world} processes; set {without}"
             )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from nai_xl.types import Bucket
 
 FORWARDS_PER_STEP = 3
 """Training costs three forward passes: the backward pass has two products (by input and by weight) for each of the
@@ -29,6 +33,31 @@ def forward_flops(unet: UNet2DConditionModel, height: int, width: int, *, tokens
 def training_flops(unet: UNet2DConditionModel, height: int, width: int, *, tokens: int = 77) -> int:
     """FLOPs of one image's training step: 3 x forward, however much is recomputed. The numerator of MFU."""
     return FORWARDS_PER_STEP * forward_flops(unet, height, width, tokens=tokens)
+
+
+def by_area(count: Callable[[int, int], int], canvases: Iterable[Bucket]) -> dict[Bucket, int]:
+    """FLOPs of one image on each canvas, from `count`(height, width), which takes a second for SDXL.
+
+    Convolutions and linear layers go with the number of tokens, self-attention with its square: three canvases are
+    counted, and a parabola through them gives the rest. Exact while every side is a multiple of the UNet's own factor.
+    """
+    of_area = {bucket.width * bucket.height: bucket for bucket in canvases}
+    ordered = sorted(of_area)
+    nodes = ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    known = {area: count(of_area[area].height, of_area[area].width) for area in nodes}
+    return {bucket: int(_parabola(known, bucket.width * bucket.height)) for bucket in canvases}
+
+
+def _parabola(known: Mapping[int, int], at: int) -> Fraction:
+    """Lagrange's polynomial through these points."""
+    total = Fraction(0)
+    for x, y in known.items():
+        weight = Fraction(1)
+        for other in known:
+            if other != x:
+                weight *= Fraction(at - other, x - other)
+        total += y * weight
+    return total
 
 
 @functools.lru_cache(maxsize=256)

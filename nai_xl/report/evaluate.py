@@ -30,6 +30,9 @@ class Prompt:
     reference: Image.Image | None = None
 
 
+PIXELS = 2 * 1024 * 1024  # sampled at once
+
+
 @dataclass(kw_only=True)
 class Painter:
     """All that is needed to paint a prompt with a model."""
@@ -43,12 +46,16 @@ class Painter:
     device: torch.device
 
     def paint(self, prompts: Sequence[Prompt], seed: int, *, negative: str = "") -> list[Image.Image]:
-        """One image a prompt. Prompts of one canvas are sampled together; the noise depends on seed and place only."""
+        """One image a prompt. Some prompts of one canvas are sampled together, and decoded one by one, which takes no
+        more memory than a training step; the noise depends on seed and place only.
+        """
         images: dict[int, Image.Image] = {}
         for bucket in dict.fromkeys(prompt.bucket for prompt in prompts):
-            rows = [i for i, prompt in enumerate(prompts) if prompt.bucket == bucket]
-            latents = self._sample([prompts[i].text for i in rows], rows, bucket, seed, negative)
-            images |= dict(zip(rows, self.decode(latents), strict=True))
+            same = [i for i, prompt in enumerate(prompts) if prompt.bucket == bucket]
+            count = bucket.at_once(PIXELS, most=len(same))
+            for rows in (same[first : first + count] for first in range(0, len(same), count)):
+                latents = self._sample([prompts[i].text for i in rows], rows, bucket, seed, negative)
+                images |= {row: self.decode(latent[None])[0] for row, latent in zip(rows, latents, strict=True)}
         return [images[i] for i in range(len(prompts))]
 
     def _sample(self, texts: list[str], rows: list[int], bucket: Bucket, seed: int, negative: str) -> Tensor:

@@ -83,8 +83,8 @@ class Meter:
         self.images += len(batch)
         self.waited += waited
         if self.flops is not None:
-            short, long = sorted(8 * side for side in batch.latents.shape[2:])  # a canvas costs the same on its side
-            self.shapes[short, long, batch.context.shape[1]] += len(batch)
+            height, width = (8 * side for side in batch.latents.shape[2:])
+            self.shapes[height, width, batch.context.shape[1]] += len(batch)
 
     def add_grad_norm(self, norm: Tensor) -> None:
         """The gradient's norm before clipping, a scalar on the device."""
@@ -142,7 +142,7 @@ class Meter:
         if bad or (self.refuse_gradients and not norms.isfinite().all()):
             which = f"the loss of images number {bad[:8]} of the index" if bad else "the gradient"
             raise UserError(
-                f"{which} is not finite. The weights were not touched by it, and the last checkpoint is whole. Begin "
+                f"{which} is not finite. No weight has become so, and the last checkpoint is whole. Begin "
                 "a run with a lower optimizer.lr or with run.mixed_precision=no."
             )
 

@@ -54,7 +54,7 @@ def test_rare_updates_forget_as_much_as_frequent_ones(every: int) -> None:
     """While the weights stand still between two updates, taking them in N times or once is the same."""
     m = model()
     rare, frequent = StandardEma(m, decay=0.99, every=every), StandardEma(m, decay=0.99)
-    for step in range(1, 41):
+    for step in range(1, 30 * every + 1):
         if step % every == 1:
             move(m, step)
         rare.update(step)
@@ -66,10 +66,20 @@ def test_between_two_updates_nothing_is_taken_in() -> None:
     m = model()
     ema = StandardEma(m, every=3)
     before = {name: w.clone() for name, w in ema.averages().items()}
-    for step in (1, 2):
+    for step in (31, 32):
         move(m, step)
         ema.update(step)
     assert all(torch.equal(w, before[name]) for name, w in ema.averages().items())
+
+
+def test_short_runs_are_averaged_too() -> None:
+    m = model()
+    ema, reference = StandardEma(m, every=10), StandardEma(m)
+    for step in range(1, 9):
+        move(m, step)
+        ema.update(step)
+        reference.update(step)
+    assert all(torch.equal(w, reference.averages()[name]) for name, w in ema.averages().items())
 
 
 def test_an_average_in_main_memory_takes_in_the_weights_of_the_moment_it_is_given_them() -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from nai_xl.engine.memory import precision, process_wide
 from nai_xl.engine.memory.precision import Bf16Weights, Fp8FeedForward, Tf32
+from nai_xl.engine.memory.together import autocast, refuse_misfits
+from nai_xl.engine.optimizers.adamw_bf16 import AdamWBf16
 from nai_xl.engine.optimizers.rounding import rounds_stochastically
 from nai_xl.errors import UserError
 from nai_xl.model.tiny import tiny_sdxl
@@ -138,9 +140,17 @@ def test_optimizers_that_round_to_nearest_are_refused(small: Compose) -> None:
         Job(small("memory=[bf16_weights]"), {})
 
 
-def test_autocast_on_top_is_refused(small: Compose) -> None:
-    with pytest.raises(UserError, match=r"set run\.mixed_precision=no"):
-        Job(small("memory=[bf16_weights]", "run.mixed_precision=bf16"), {})
+def test_nothing_is_cast_whatever_the_precision_is_called(bf16: Compose) -> None:
+    """A recipe says bf16, and a preset for a small card is chosen on top of it."""
+    chosen = ["run.max_images=4"]
+    named, plain = (run(bf16(*chosen, f"name={p}", f"run.mixed_precision={p}")) for p in ("bf16", "no"))
+    assert losses(named) == losses(plain)
+
+
+def test_half_precision_of_another_kind_is_refused(small: Compose) -> None:
+    assert autocast([Bf16Weights()], "bf16") == "no" and autocast([], "bf16") == "bf16"
+    with pytest.raises(UserError, match=r"set run\.mixed_precision=bf16"):
+        refuse_misfits([Bf16Weights()], AdamWBf16, "fp16")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,
 }
+HALF_PRECISION = ("cudnn", "flash")  # on a GPU
 AMPERE = (8, 0)  # the first compute capability that flash and cuDNN attention run on
 
 
@@ -68,7 +69,9 @@ def refuse_two_attentions(actions: Sequence[MemoryAction]) -> None:
     """Raises UserError when several actions say how attention is computed: the last would silently win."""
     chosen = [action.option for action in actions if isinstance(action, Sdpa | AttentionSlicing)]
     if len(chosen) > 1:
-        raise UserError(f"memory=[{','.join(chosen)}]: each says how attention is computed; keep one of them")
+        raise UserError(
+            f"memory=[{','.join(chosen)}]: only one can compute attention; '~memory.{chosen[0]}' takes one out"
+        )
 
 
 class OneKernel(AttnProcessor2_0):

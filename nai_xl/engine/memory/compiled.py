@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,9 +21,9 @@ from nai_xl.errors import UserError
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 BACKEND: Any = "inductor"
-# Graphs of one function before torch gives up and runs it uncompiled, by default 8. SDXL has 12 kinds of ResNet blocks,
-# each in a version for the first shape and one for all others, with gradients and, for samples, without.
-GRAPHS = 128
+# Graphs of one function before torch gives up and runs it uncompiled, by default 8. SDXL has 15 kinds of blocks, each
+# in a version for the first shape and one for all others, or one for every bucket.
+GRAPHS = 4096
 WITHOUT = "or leave compile out of 'memory=[...]'"
 
 
@@ -69,6 +71,13 @@ class Compile:
             # cutting graphs at the edges of gradient buckets is for whole networks: a block ends soon enough by itself,
             # and would lose fusions and the plan of what it saves
             process_wide.change(dynamo.config, "optimize_ddp", False)
+
+
+def uncompiled(actions: Sequence[object]) -> AbstractContextManager[Any]:
+    """Runs compiled blocks as they were before: samples come in other shapes, each of which would be compiled first."""
+    if not any(isinstance(action, Compile) for action in actions):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ FP8_CAPABILITY = (8, 9)  # Ada Lovelace; torch._scaled_mm has no older kernels
 class Bf16Weights:
     """The UNet in bfloat16: half the bytes of weights and gradients, and no copies for autocast.
 
-    For run.mixed_precision=no and an optimizer that rounds stochastically: bfloat16 has 8 bits, so an update below
-    1/256 of a weight would be rounded away every time, but kept on average when rounding is drawn (Zamirai et al.,
-    2010.06192). The UNet takes and gives float32 as before. Timesteps and sizes are embedded from the numbers they are:
-    in bfloat16 timestep 999 would be 1000, and 1333 pixels 1336.
+    Whatever run.mixed_precision says, nothing is cast. The optimizer must round stochastically: bfloat16 has 8 bits, so
+    an update below 1/256 of a weight would be rounded away every time, but is kept on average when rounding is drawn
+    (Zamirai et al., 2010.06192). The UNet takes and gives float32 as before. Timesteps and sizes are embedded from the
+    numbers they are: in bfloat16 timestep 999 would be 1000, and 1333 pixels 1336.
     """
 
     # 8 bits round every operation by up to 2^-9; over the UNet's depth the loss of a step moves by less than
@@ -88,7 +88,7 @@ class Fp8FeedForward:
         def in_feed_forward(module: nn.Module, name: str) -> bool:
             return isinstance(module, nn.Linear) and ".ff." in name
 
-        settings = float8.Float8LinearConfig(emulate=self.emulate)
+        settings = float8.Float8LinearConfig(emulate=self.emulate, pad_inner_dim=True)  # tokens x batch may be odd
         float8.convert_to_float8_training(model, module_filter_fn=in_feed_forward, config=settings)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from nai_xl.engine.distributed import Precision
+from nai_xl.engine.memory.attention import HALF_PRECISION, Sdpa
 from nai_xl.engine.memory.compiled import ActivationBudget, Compile
 from nai_xl.engine.memory.precision import Bf16Weights
 from nai_xl.engine.optimizers.rounding import rounds_stochastically
@@ -23,13 +27,20 @@ def refuse_misfits(actions: Sequence[object], optimizer: Callable[..., Any], mix
     if chosen(ActivationBudget) and not chosen(Compile):
         raise UserError("memory=activation_budget acts on compiled blocks only; set 'memory=[...,compile]'")
     if chosen(Bf16Weights):
-        if mixed_precision != "no":
-            raise UserError(
-                f"memory=bf16_weights computes in bfloat16 without run.mixed_precision={mixed_precision}; "
-                "set run.mixed_precision=no"
-            )
+        if mixed_precision == "fp16":
+            raise UserError("memory=bf16_weights computes in bfloat16; set run.mixed_precision=bf16, or no")
         if not rounds_stochastically(optimizer):
             raise UserError(
                 "memory=bf16_weights needs an optimizer that rounds stochastically: rounding to nearest would drop "
-                "every update below 1/256 of its weight. Set optimizer=adamw_bf16."
+                "every update below 1/256 of its weight. Set optimizer=adamw_bf16, adamw8bit or adafactor."
             )
+    elif mixed_precision == "no" and torch.cuda.is_available():
+        for action in actions:
+            if isinstance(action, Sdpa) and action.kernel in HALF_PRECISION:
+                half = f"memory=[{action.kernel}] computes in half precision"
+                raise UserError(f"{half}; set run.mixed_precision=bf16, or memory=[sdpa]")
+
+
+def autocast(actions: Sequence[object], mixed_precision: Precision) -> Precision:
+    """What accelerate is to cast to: nothing where the weights are bfloat16 and so everything is already."""
+    return "no" if any(isinstance(action, Bf16Weights) for action in actions) else mixed_precision
