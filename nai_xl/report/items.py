@@ -30,7 +30,7 @@ def write_items(run_dir: Path, metric: str, step: int, values: Mapping[str, floa
 
 
 def read_items(run_dir: Path, metric: str) -> dict[int, dict[str, float]]:
-    """step -> item -> value, of every evaluation so far, nothing if there was none. Lines torn by a crash are left out."""
+    """step -> item -> value of every evaluation so far; nothing if there was none. Torn lines are left out."""
     path = items_path(run_dir, metric)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return dict(filter(None, map(_row, lines)))

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from nai_xl.data.shapes import NUMBERS, Scene, contrast, draw_scene
 from nai_xl.report.evals.bodies import find_bodies
-from nai_xl.report.evals.painting import PaintedPrompts, Sizes
+from nai_xl.report.evals.painting import PaintedPrompts
 from nai_xl.rng import draws
 
 SEED = 0  # of the prompts: the same for every run
@@ -32,8 +32,7 @@ class Coherence(PaintedPrompts):
     share of samples with the prompted number, coherence/cut the share of a sample's bodies that touch the border.
     """
 
-    count: Annotated[int, Field(ge=1)] = 12
-    sizes: Sizes = (1, 2)
+    count: Annotated[int, Field(ge=1)] = 8
 
     @cached_property
     def scenes(self) -> Mapping[str, Scene]:

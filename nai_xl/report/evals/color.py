@@ -44,17 +44,24 @@ class Color(PaintedPrompts):
         return {color: self.wording.replace("{}", color) for color in self.colors}
 
     def measure(self, name: str, pixels: NDArray[np.uint8]) -> Mapping[str, float]:
-        error, luminance = color_error(pixels, PALETTE[name]), float(mean_color(pixels) @ LUMA)
-        return {"color/error": error, f"color/error_{name}": error, "color/luminance": luminance}
+        return {
+            "color/error": color_error(pixels, PALETTE[name]),
+            "color/luminance": float(mean_color(pixels) @ LUMA),
+        }
 
     def summary(self, table: Values) -> dict[str, float]:
         values = {}
         for size in map(suffix, self.sizes):
-            found = table[f"color/luminance{size}"]
-            means = [mean(v for item, v in found.items() if item.startswith(f"{color}/")) for color in self.colors]
-            values[f"color/luminance_min{size}"], values[f"color/luminance_max{size}"] = min(means), max(means)
-            values[f"color/luminance_range{size}"] = max(means) - min(means)
+            errors, luminances = (self._by_color(table[f"color/{what}{size}"]) for what in ("error", "luminance"))
+            values |= {f"color/error_{color}{size}": error for color, error in errors.items()}
+            darkest, brightest = min(luminances.values()), max(luminances.values())
+            values[f"color/luminance_min{size}"], values[f"color/luminance_max{size}"] = darkest, brightest
+            values[f"color/luminance_range{size}"] = brightest - darkest
         return values
+
+    def _by_color(self, items: Mapping[str, float]) -> dict[str, float]:
+        """Each prompt's mean over its seeds."""
+        return {color: mean(v for item, v in items.items() if item.split("/")[0] == color) for color in self.colors}
 
 
 def mean_color(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:

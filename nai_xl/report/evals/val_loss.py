@@ -43,7 +43,7 @@ class ValLoss:
     """
 
     every: Annotated[int, Field(ge=1)]
-    count: Annotated[int, Field(ge=1)] = 32
+    count: Annotated[int, Field(ge=1)] = 16
     timesteps: Annotated[int, Field(ge=1)] = 8
     seed: int = 0
     batch: Annotated[int, Field(ge=1)] = 16
