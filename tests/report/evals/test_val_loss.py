@@ -156,9 +156,12 @@ def test_no_image_counts_twice(studio: Make) -> None:
 def test_nothing_held_out_is_refused_before_the_model_is_built(
     small: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nai_xl.model.tiny.tiny_sdxl", None)
+    def built(*, seed: int) -> None:
+        raise AssertionError("the model is built")
+
+    monkeypatch.setattr("nai_xl.model.tiny.tiny_sdxl", built)
     with pytest.raises(UserError, match=r"data\.held_out=0\.1"):
-        Job(small("evals=[val_loss]"), {}).run()
+        Job(small("evals=[sample_grid,val_loss]"), {}).run()
 
 
 def test_held_out_images_are_never_trained_on_and_arms_are_paired(
@@ -182,7 +185,7 @@ def test_held_out_images_are_never_trained_on_and_arms_are_paired(
     arms = []
     for arm in ("schedule=ztsnr loss=minsnr run.seed=0", "schedule=scaled_linear loss=uniform run.seed=1"):
         job = Job(
-            small(*arm.split(), "evals=[val_loss]", "data.held_out=0.4", "run.max_images=16", "evals.val_loss.every=4",
+            small(*arm.split(), "evals=[sample_grid,val_loss]", "data.held_out=0.4", "run.max_images=16", "evals.val_loss.every=4",
                   "evals.val_loss.timesteps=4"),
             {},
         )  # fmt: skip
@@ -196,7 +199,12 @@ def test_held_out_images_are_never_trained_on_and_arms_are_paired(
 
 
 def test_a_run_continued_has_each_evaluation_once(small: Callable[..., DictConfig]) -> None:
-    chosen = ["evals=[val_loss]", "data.held_out=0.4", "evals.val_loss.every=2", "evals.val_loss.timesteps=2"]
+    chosen = [
+        "evals=[sample_grid,val_loss]",
+        "data.held_out=0.4",
+        "evals.val_loss.every=2",
+        "evals.val_loss.timesteps=2",
+    ]
     for images in (6, 12):
         job = Job(small(*chosen, f"run.max_images={images}"), {})
         job.run()
