@@ -50,7 +50,7 @@ class Color(PaintedPrompts):
         }
 
     def summary(self, table: Values) -> dict[str, float]:
-        values = {}
+        values: dict[str, float] = {}
         for size in map(suffix, self.sizes):
             errors, luminances = (self._by_color(table[f"color/{what}{size}"]) for what in ("error", "luminance"))
             values |= {f"color/error_{color}{size}": error for color, error in errors.items()}

@@ -1,7 +1,6 @@
 """What evaluators that look at samples share: fixed prompts, fixed noise, and canvases larger than the native one."""
 
-from __future__ import annotations
-
+# no annotations from __future__: the checks of settings that other modules' evaluators inherit need them as objects
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated

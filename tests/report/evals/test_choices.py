@@ -22,7 +22,8 @@ def test_all_can_be_chosen_together() -> None:
     ("override", "told"),
     [("evals.color.colors=[mauve]", "no colour mauve"), ("evals.color.sizes=[]", "at least 1"),
      ("evals.coherence.sizes=[0]", "greater than 0"), ("evals.val_loss.count=0", "greater than or equal to 1"),
-     ("data.held_out=1.5", "less than 1"), ("data.include=[circles]", "should be"), ("data.resolution=100", "multiple of 16")],
+     ("data.held_out=1.5", "less than 1"), ("data.include=[circles]", "should be"),
+     ("data.resolution=100", "multiple of 16")],
 )  # fmt: skip
 def test_what_makes_no_sense_is_told_before_anything_is_built(override: str, told: str) -> None:
     with pytest.raises(UserError, match=rf"^{override.split('=')[0]}.*{told}"):

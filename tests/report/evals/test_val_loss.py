@@ -185,8 +185,8 @@ def test_held_out_images_are_never_trained_on_and_arms_are_paired(
     arms = []
     for arm in ("schedule=ztsnr loss=minsnr run.seed=0", "schedule=scaled_linear loss=uniform run.seed=1"):
         job = Job(
-            small(*arm.split(), "evals=[sample_grid,val_loss]", "data.held_out=0.4", "run.max_images=16", "evals.val_loss.every=4",
-                  "evals.val_loss.timesteps=4"),
+            small(*arm.split(), "evals=[sample_grid,val_loss]", "data.held_out=0.4", "run.max_images=16",
+                  "evals.val_loss.every=4", "evals.val_loss.timesteps=4"),
             {},
         )  # fmt: skip
         job.run()
