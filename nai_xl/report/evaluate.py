@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -89,6 +90,7 @@ class Studio(Painter):
     tracker: Tracker
     encoded: Encoded
     square: Bucket  # the canvas of prompts that have no image
+    run_dir: Path
 
 
 @dataclass
@@ -112,6 +114,10 @@ class SampleGrid:
     def texts(self, items: Sequence[Item]) -> list[str]:
         """The prompts, known before training so that their text conditions can be cached."""
         return list(self.prompts) if self.prompts else [item.caption for item in self.picked(items)]
+
+    def held_out(self, items: Sequence[Item]) -> list[Item]:
+        """None: its pictures are of the training."""
+        return []
 
     def picked(self, items: Sequence[Item]) -> list[Item]:
         """`count` items evenly spread over the index."""
