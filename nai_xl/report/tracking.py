@@ -141,7 +141,7 @@ class JsonlTracker(NoTracker):
 
     def figure(self, name: str, step: int, image: Image.Image) -> None:
         path = self.run_dir / name / f"step_{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
         if (name, step) not in self.figures:
             self.figures.add((name, step))
