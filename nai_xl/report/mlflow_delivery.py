@@ -244,15 +244,28 @@ class Delivery:
 # --- words of the record in words of MLflow ---------------------------------------------------------------------------
 
 
+def read_arm(run_dir: Path) -> dict[str, Any]:
+    """arm.json; {} where there is none."""
+    path = run_dir / "arm.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
 def arm_tags(run_dir: Path) -> dict[str, str]:
-    """The tags that a run has as an arm of a sweep: sweep, seed, the varied keys and a name of the values alone."""
-    try:
-        arm = json.loads((run_dir / "arm.json").read_text())
-    except FileNotFoundError:
+    """The tags that a run has as an arm of a sweep: sweep, seed, the varied keys and a name of the values alone; of
+    earlier sweeps that it is an arm of, membership. {} outside of sweeps.
+    """
+    arm = read_arm(run_dir)
+    if not arm.get("sweep"):
         return {}
     varied = {str(key): str(value) for key, value in arm["arm"].items()}
     name = " ".join([*(_short(key, value) for key, value in varied.items()), f"s{arm['seed']}"])
-    return {**varied, "sweep": str(arm["sweep"]), "seed": str(arm["seed"]), "mlflow.runName": name}
+    sweeps = dict.fromkeys(map(member_tag, [*(arm.get("sweeps") or ()), arm["sweep"]]), "arm")
+    return {**varied, "sweep": str(arm["sweep"]), "seed": str(arm["seed"]), "mlflow.runName": name, **sweeps}
+
+
+def member_tag(sweep: str) -> str:
+    """A tag that every arm of a sweep keeps, also when it becomes an arm of another one; not shown in the tables."""
+    return _name(f"mlflow.nai_xl.sweep.{sweep}")
 
 
 def _short(key: str, value: str) -> str:

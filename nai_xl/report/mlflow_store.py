@@ -88,14 +88,15 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{_page(uri)}/experiments/{experiment_id}/runs/{run_id}?{KIND}"
 
 
-def chart_page(uri: str, experiment_id: str, sweep: str) -> str:
-    """The curves and pictures of a sweep's arms, one above the other."""
-    chosen = quote(f"tags.sweep = '{sweep}'", safe="")
-    return f"{_page(uri)}/experiments/{experiment_id}/runs?{KIND}&searchFilter={chosen}&compareRunsMode=CHART"
+def view_page(uri: str, experiment_id: str, view: str, *, charts: bool) -> str:
+    """The table of runs, or their curves and pictures, as a view that was stored under this name arranges them."""
+    mode = "&compareRunsMode=CHART" if charts else ""
+    return f"{_page(uri)}/experiments/{experiment_id}/runs?{KIND}{mode}&viewStateShareKey={quote(view, safe='')}"
 
 
 def compare_page(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
     """Runs side by side: their params, last values and how one goes with the other."""
     runs = quote(json.dumps(list(run_ids), separators=(",", ":")), safe="")
     experiments = quote(json.dumps([experiment_id]), safe="")
-    return f"{_page(uri)}/compare-runs?{KIND}&runs={runs}&experiments={experiments}"
+    # this page does not find `runs` unless it comes first
+    return f"{_page(uri)}/compare-runs?runs={runs}&experiments={experiments}&{KIND}"

@@ -2,36 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nai_xl.errors import UserError, one_line
-from nai_xl.report.mlflow_delivery import Progress
-from nai_xl.report.mlflow_store import chart_page, compare_page, default_uri, how_to_serve, open_store, run_page
-from nai_xl.report.tracking import now
+from nai_xl.report.mlflow_delivery import Delivery, Progress, member_tag, read_arm
+from nai_xl.report.mlflow_store import compare_page, default_uri, how_to_serve, open_store, run_page, view_page
+from nai_xl.report.tracking import note_end, now, outbox_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+PICTURES = "Model metrics"  # the pages' own group of charts, where pictures are
+ENDS = {"FAILED": "FAILED", "STOPPED": "KILLED"}  # words of arm.json -> words of MLflow
 NOTE = "mlflow.note.content"  # MLflow's description of a run or an experiment, in Markdown
 NOTE_LENGTH, METRICS_PER_REQUEST = 8000, 1000
 
 
-def sweep_pages(sweep: str, run_dirs: Iterable[Path]) -> list[str]:
-    """Lines that tell a person where MLflow shows these arms; none where no arm has got there."""
-    arms = [progress for progress in map(Progress.read, run_dirs) if progress and progress.run_id]
-    if not arms:
-        return []
-    uri, experiment_id = arms[0].uri, arms[0].experiment_id
-    together = [arm.run_id for arm in arms if (arm.uri, arm.experiment_id) == (uri, experiment_id)]
+def begin_sweep(
+    sweep: str,
+    question: str,
+    keys: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    uri: str | None = None,
+    experiment: str = "nai_xl",
+) -> list[str]:
+    """To be called before the arms start: makes the store, adds the question to the experiment's description, and
+    stores a view of this sweep that shows the varied `keys` and the compared `metrics` first. Returns lines that tell
+    a person where to watch.
+
+    Raises UserError when the store does not answer.
+    """
+    uri = uri or default_uri()
+    with _answering(uri):
+        client, experiment_id = open_store(uri, experiment)
+        _ask(client, experiment_id, sweep, question)
+        view = json.dumps(_view(sweep, keys, metrics))
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{sweep}", view)
     serve = how_to_serve(uri)
     return [
-        *([f"MLflow       {serve}   (experiment {arms[0].experiment})"] if serve else []),
-        f"curves       {chart_page(uri, experiment_id, sweep)}",
-        f"compare      {compare_page(uri, experiment_id, together)}",
+        *([f"MLflow       {serve}   (experiment {experiment})"] if serve else []),
+        f"arms         {view_page(uri, experiment_id, sweep, charts=False)}",
+        f"curves       {view_page(uri, experiment_id, sweep, charts=True)}",
     ]
+
+
+def compare_line(run_dirs: Iterable[Path]) -> list[str]:
+    """Where MLflow compares these arms; nothing where no arm has got there."""
+    arms = [progress for progress in map(Progress.read, run_dirs) if progress and progress.run_id]
+    together = [arm for arm in arms if (arm.uri, arm.experiment_id) == (arms[0].uri, arms[0].experiment_id)]
+    if not together:
+        return []
+    return [f"compare      {compare_page(arms[0].uri, arms[0].experiment_id, [arm.run_id for arm in together])}"]
+
+
+def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    """What MLflow's pages keep when a person shares a view: which runs, columns and groups of charts, in which order.
+    Charts that are not named here are added by the pages themselves.
+    """
+    columns = ["attributes.`Duration`", *(f"params.`{key}`" for key in dict.fromkeys([*keys, "run.seed"]))]
+    compared = list(metrics) or ["train/loss"]
+    groups = dict.fromkeys([*(name.rpartition("/")[0] for name in compared if "/" in name), PICTURES, "train", "perf"])
+    return {
+        "searchFilter": f"tags.`{member_tag(sweep)}` = 'arm'",
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": True,
+        "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in compared)],
+        "runsHiddenMode": "SHOW_ALL",  # without it, charts leave out every arm after the tenth
+        "compareRunCharts": [_pictures(name) for name in ("samples", "method")],
+        "compareRunSections": [
+            {
+                "uuid": name,
+                "name": name,
+                "display": name != "perf",  # perf is there, folded up
+                "isReordered": False,
+                "deleted": False,
+                **({"columns": 1, "cardHeight": 700} if name == PICTURES else {}),
+            }
+            for name in groups
+        ],
+        "isAccordionReordered": True,  # else the groups are sorted by name
+    }
+
+
+def _pictures(name: str) -> dict[str, Any]:
+    """A chart of the arms' pictures side by side, without all the params that MLflow would write above each."""
+    card = {"type": "IMAGE", "uuid": name, "metricSectionId": PICTURES, "imageKeys": [name], "step": 0}
+    return {**card, "showRunParams": False, "deleted": False, "isGenerated": True}
+
+
+def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: str = "nai_xl") -> list[str]:
+    """To be called after the arms have ended: what of them MLflow still lacks is sent, arms that could not do so
+    themselves are told as failed, and arms that were trained for an earlier sweep are counted to this one, too. Returns
+    lines for a person: where MLflow compares the arms, or what to do when it does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    failed = []
+    for run_dir in run_dirs:
+        known = _note_lost_end(run_dir)
+        if not known:
+            continue
+        meant = Progress.read(run_dir)
+        delivery = Delivery(
+            run_dir, meant.uri if meant else uri or default_uri(), meant.experiment if meant else experiment
+        )
+        try:
+            delivery.open()
+            delivery.deliver()
+        except (MlflowException, OSError):
+            failed.append(str(run_dir))
+    lines = compare_line(run_dirs)
+    if failed:
+        lines.append(f"MLflow does not answer; when it does: python -m nai_xl.report.sync {' '.join(failed)}")
+    return lines
+
+
+def _note_lost_end(run_dir: Path) -> bool:
+    """Bring into an arm's record what arm.json alone knows: that it failed or was killed. False for one that never
+    began and did not fail.
+    """
+    statuses = [row["status"] for row in outbox_of(run_dir).rows() if row["kind"] == "status"]
+    arm = read_arm(run_dir)
+    if arm.get("status") in ENDS and (statuses[-1] if statuses else "RUNNING") == "RUNNING":
+        if not statuses and arm["status"] == "STOPPED":
+            return False
+        note_end(run_dir, ENDS[arm["status"]], arm.get("error") or "")
+        return True
+    return bool(statuses)
 
 
 def log_summary(
@@ -49,10 +152,8 @@ def log_summary(
 
     Raises UserError when the store does not answer.
     """
-    from mlflow.exceptions import MlflowException
-
     uri = uri or default_uri()
-    try:
+    with _answering(uri):
         client, experiment_id = open_store(uri, experiment)
         run = _summary(client, experiment_id, sweep)
         run_id = str(run.info.run_id)
@@ -62,11 +163,17 @@ def log_summary(
         _set_metrics(client, run, metrics)
         client.set_terminated(run_id)
         _ask(client, experiment_id, sweep, question)
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"the MLflow store {uri} does not take the summary ({one_line(error)}). Set tracker.uri=..."
-        ) from error
     return run_page(uri, experiment_id, run_id)
+
+
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise UserError(f"the MLflow store {uri} does not answer ({one_line(error)}). Set tracker.uri=...") from error
 
 
 def _summary(client: MlflowClient, experiment_id: str, sweep: str) -> Run:

@@ -116,6 +116,13 @@ def test_a_run_and_its_continuation_are_one_run_with_every_value_once(small: Com
     assert any("samples+step+2" in name for name in pictures(client(tmp_path), row.run_id))
 
 
+def test_a_run_outside_of_sweeps_is_called_as_its_directory(folder: Path, tmp_path: Path) -> None:
+    (folder / "arm.json").write_text(json.dumps({"sweep": None, "arm": {}, "seed": 3, "status": "RUNNING"}))
+    with MlflowTracker(folder):
+        pass
+    assert client(tmp_path).get_run(sent_run(folder)).info.run_name == "one"
+
+
 def test_an_arm_has_a_short_name_and_few_tags(folder: Path, tmp_path: Path) -> None:
     arm = {"schedule": "ztsnr", "memory": "[sdpa,offload]", "optimizer.lr": "0.001"}
     (folder / "arm.json").write_text(json.dumps({"sweep": "ends", "arm": arm, "seed": 3}))
