@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,8 @@ def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: s
     """
     from mlflow.exceptions import MlflowException
 
-    failed = []
+    failed: list[str] = []
+    last: Delivery | None = None
     for run_dir in run_dirs:
         known = _note_lost_end(run_dir)
         if not known:
@@ -115,12 +116,38 @@ def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: s
         try:
             delivery.open()
             delivery.deliver()
+            last = delivery
         except (MlflowException, OSError):
             failed.append(str(run_dir))
+    if last and (sweep := read_arm(last.run_dir).get("sweep")):
+        with suppress(MlflowException, OSError):  # a matter of looks
+            _show_last_pictures(last, sweep, run_dirs)
     lines = compare_line(run_dirs)
     if failed:
         lines.append(f"MLflow does not answer; when it does: python -m nai_xl.report.sync {' '.join(failed)}")
     return lines
+
+
+def _show_last_pictures(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]) -> None:
+    """Let the sweep's view open at the last step at which every arm has painted; MLflow itself opens at step 0, where
+    samples have no picture.
+    """
+    if delivery.client is None:
+        return
+    experiment_id, key = delivery.progress.experiment_id, f"mlflow.sharedViewState.{sweep}"
+    stored = delivery.client.get_experiment(experiment_id).tags.get(key)
+    if not stored:
+        return
+    view = json.loads(stored)
+    for card in view["compareRunCharts"]:
+        painted = [_steps(run_dir, card["imageKeys"][0]) for run_dir in run_dirs]
+        card["step"] = max(set.intersection(*filter(None, painted)) if any(painted) else (), default=0)
+    delivery.client.set_experiment_tag(experiment_id, key, json.dumps(view))
+
+
+def _steps(run_dir: Path, name: str) -> set[int]:
+    rows = outbox_of(run_dir).rows()
+    return {int(row["step"]) for row in rows if row["kind"] == "figure" and row["name"] == name}
 
 
 def _note_lost_end(run_dir: Path) -> bool:

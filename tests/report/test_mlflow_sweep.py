@@ -6,6 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from nai_xl.errors import UserError
 from nai_xl.report import sync
@@ -106,6 +107,18 @@ def test_an_arm_of_two_sweeps_is_found_in_both(uri: str, tmp_path: Path) -> None
         view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep}"])
         found = MlflowClient(tracking_uri=uri).search_runs([experiment.experiment_id], view["searchFilter"])
         assert [run.info.run_id for run in found] == [run_id(shared)]
+
+
+def test_the_view_opens_at_the_last_step_at_which_all_arms_have_pictures(uri: str, tmp_path: Path) -> None:
+    begin_sweep("painted", "", ["loss"], [], uri=uri)
+    folders = [arm(tmp_path / loss, uri, "painted", loss) for loss in ("uniform", "minsnr", "edm")]
+    for folder, steps in zip(folders, ((10, 20, 30), (10, 20), ()), strict=True):
+        for step in steps:
+            JsonlTracker(folder).figure("samples", step, Image.new("RGB", (8, 8)))
+    end_sweep(folders)
+    tags = MlflowClient(tracking_uri=uri).get_experiment_by_name("nai_xl").tags
+    cards = json.loads(tags["mlflow.sharedViewState.painted"])["compareRunCharts"]
+    assert [(card["imageKeys"], card["step"]) for card in cards] == [(["samples"], 20), (["method"], 0)]
 
 
 def test_arms_that_could_not_tell_how_they_ended_are_told_once(uri: str, tmp_path: Path) -> None:
