@@ -236,17 +236,20 @@ def _whole(value: Any) -> Any:
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
-    """'optimizer.lr' -> 1e-3, for every leaf but `_target_` and its like."""
+    """'optimizer.lr' -> 1e-3, for every leaf but `_target_` and its like, and those that repeat a setting of the run
+    (model.seed: ${run.seed}): in a comparison of runs they would stand beside what was varied as if varied, too.
+    """
 
-    def leaves(node: Any, at: str) -> Iterator[tuple[str, Any]]:
+    def leaves(node: Any, written: Any, at: str) -> Iterator[tuple[str, Any]]:
         if isinstance(node, dict) and node:
             for key, value in node.items():
                 if not str(key).startswith("_"):
-                    yield from leaves(value, f"{at}.{key}" if at else str(key))
-        else:
+                    inner = written.get(key) if isinstance(written, dict) else None
+                    yield from leaves(value, inner, f"{at}.{key}" if at else str(key))
+        elif not (isinstance(written, str) and re.fullmatch(r"\$\{run\.\w+\}", written)):
             yield at, node
 
-    return dict(leaves(OmegaConf.to_container(cfg, resolve=True), ""))
+    return dict(leaves(OmegaConf.to_container(cfg, resolve=True), OmegaConf.to_container(cfg, resolve=False), ""))
 
 
 # --- entry points -----------------------------------------------------------------------------------------------------

@@ -89,6 +89,12 @@ def test_flat_names_every_leaf_and_no_target() -> None:
     assert not any("_target_" in name for name in flat)
 
 
+def test_flat_tells_the_seed_once() -> None:
+    """In a comparison of runs a repeated one would stand there as a second thing that was varied."""
+    flat = config.flat(config.compose(["optimizer=adafactor", "run.seed=7654321"]))
+    assert [name for name, value in flat.items() if value == 7654321] == ["run.seed"]
+
+
 def test_a_target_outside_the_trusted_packages_is_not_even_imported() -> None:
     with pytest.raises(UserError, match=r"plugins=\[antigravity\]"):
         config.locate("antigravity.fly")
