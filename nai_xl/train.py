@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nai_xl import config
 from nai_xl.data.cache import write_atomically
-from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import Encoded, LatentRef, RankBatches, batches
 from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
@@ -93,6 +93,7 @@ class Job:
         if self.cfg.model.get("path"):
             check_sdxl(Path(self.cfg.model.path), self.cfg.model.config and Path(self.cfg.model.config))
         index = self.build(self.cfg.data).scan()
+        self._looked_at(index)  # refuses an evaluator that lacks images, before any weight is read
         lock = self.home.lock() if self.accelerator.is_main_process else None
         try:
             self._run(index)
@@ -151,17 +152,24 @@ class Job:
         accelerator = self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         encoder = Encoder(components, self.cache, self.latents.dtype, accelerator.device, rank, world)
-        bad = encoder.encode_images(index, encoder.latent_refs(index, self.bucketing))
-        index = index.without(dict(gather_object(list(bad.items()))))
+        both = Index([*index.items, *self._looked_at(index)])
+        bad = dict(gather_object(list(encoder.encode_images(both, encoder.latent_refs(both, self.bucketing)).items())))
+        held = [item for item in self._looked_at(index) if item.path not in bad]
+        index = index.without(bad)
         refuse_empty(index, "data")
         drawn = chain.from_iterable(self.captions.texts(item.caption) for item in index.items)
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
-        texts = encoder.encode_captions(chain(drawn, shown), self.text)
+        texts = encoder.encode_captions(chain(drawn, shown, (item.caption for item in held)), self.text)
         accelerator.wait_for_everyone()
         refs = encoder.latent_refs(index, self.bucketing)
         mean, std = self._statistics(components, encoder, refs)
         weights = self.build(self.cfg.sample_weights, index=index)
-        return Encoded(index, refs, texts, self.cache, mean, std, weights)
+        first = [row[0] for row in encoder.latent_refs(Index(held), self.bucketing)]
+        return Encoded(index, refs, texts, self.cache, mean, std, weights, [*zip(held, first, strict=True)])
+
+    def _looked_at(self, index: Index) -> list[Item]:
+        """The held-out images that evaluators look at."""
+        return list(dict.fromkeys(chain.from_iterable(e.held_out(index.held_out) for e in self.evals)))
 
     def _statistics(self, components: Components, encoder: Encoder, refs: list[list[LatentRef]]) -> Statistics:
         """mean, std [4,1,1] of the raw latents: those that the run began with, whatever has become of the cache."""
@@ -308,6 +316,7 @@ class Job:
             tracker=tracker,
             encoded=encoded,
             square=Bucket(edge, edge),
+            run_dir=self.home.path,
             device=device,
         )
 
@@ -333,8 +342,9 @@ class Job:
         settings, world = self.settings, self.accelerator.num_processes
         names = [refs[0].placement.bucket.name for refs in encoded.latents]
         parameters = sum(p.numel() for p in components.unet.parameters())
-        skipped = len(encoded.index.skipped)
-        images = f"{len(names)}" + (f" ({skipped} skipped: {self.home.path / 'skipped.csv'})" if skipped else "")
+        skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
+        images = f"{len(names)}" + (f", {held} more held out" if held else "")
+        images += f" ({skipped} skipped: {self.home.path / 'skipped.csv'})" if skipped else ""
         per_step = f"{settings.batch_size} x {settings.grad_accum} x {world} = {settings.images_per_step(world)}"
         rows = {
             **self.choices,

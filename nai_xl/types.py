@@ -182,7 +182,8 @@ class Evaluator(Protocol):
 
     every: int
 
-    def texts(self, items: Sequence[Any]) -> list[str]: ...
+    def texts(self, items: Sequence[Any]) -> list[str]: ...  # training items -> texts to be encoded beforehand
+    def held_out(self, items: Sequence[Any]) -> Sequence[Any]: ...  # held-out items -> those to be encoded beforehand
     def run(self, step: int, studio: Any) -> dict[str, float]: ...
 
 

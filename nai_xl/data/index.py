@@ -39,10 +39,23 @@ class Skipped:
 
 @dataclass(slots=True)
 class Index:
-    """The usable images, ordered by their content, and the skipped ones."""
+    """The usable images, ordered by their content, and the skipped ones. What is held out is not among the items."""
 
     items: list[Item]
     skipped: list[Skipped] = field(default_factory=list)
+    held_out: list[Item] = field(default_factory=list)
+
+    def hold_out(self, share: float) -> Index:
+        """The index with about `share` of its images held out: those whose content's hash lies below it.
+
+        So an image is held out whatever the others are and wherever it lies, and its copies with it. Raises UserError
+        when nothing is left to train on.
+        """
+        held = [item for item in self.items if int(item.content[:13], 16) < share * 16**13]
+        kept = [item for item in self.items if int(item.content[:13], 16) >= share * 16**13]
+        if not kept:
+            raise UserError(f"data.held_out={share} holds out all {len(held)} images; set a smaller share")
+        return Index(kept, self.skipped, held)
 
     def fingerprint(self) -> str:
         """16 hex characters over every image's content and caption, whatever the folder or file is called."""
@@ -51,8 +64,8 @@ class Index:
 
     def without(self, unusable: dict[Path, str]) -> Index:
         """The index less the images that turned out unusable, with their reasons."""
-        kept = [item for item in self.items if item.path not in unusable]
-        return Index(kept, [*self.skipped, *(Skipped(path, reason) for path, reason in unusable.items())])
+        kept, held = ([x for x in items if x.path not in unusable] for items in (self.items, self.held_out))
+        return Index(kept, [*self.skipped, *(Skipped(path, reason) for path, reason in unusable.items())], held)
 
     def write_skipped(self, path: Path) -> None:
         """`skipped.csv`: file, reason."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nai_xl.data.captions import PlainCaptions
-from nai_xl.data.index import Index
+from nai_xl.data.index import Index, Item
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.plan import Plan
 from nai_xl.errors import UserError
@@ -36,11 +36,16 @@ class Encoded:
     mean: torch.Tensor  # [4,1,1] of the raw latents
     std: torch.Tensor  # [4,1,1]
     weights: torch.Tensor  # [N] sample weights
+    held_out: Sequence[tuple[Item, LatentRef]] = ()  # images that are never trained on, one placement of each
 
     def condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """context [77k,D] and pooled [P] of a text that was encoded beforehand."""
         tensors = self.read(self.texts[text])
         return tensors["context"], tensors["pooled"]
+
+    def latents_of(self, ref: LatentRef) -> torch.Tensor:
+        """[4,h,w] float32, normalised, of one placement of an image."""
+        return (self.read(ref.key)["latents"].float() - self.mean) / self.std
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
         return read(self.cache, key)

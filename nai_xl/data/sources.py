@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from nai_xl.data.cache import user_cache
 from nai_xl.data.index import Index, scan
+from nai_xl.data.shapes import Kind, write_shapes
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _existing(path: Path) -> Path:
@@ -20,13 +24,17 @@ def _existing(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder, searched recursively, of jpg, png and webp images with same-name .txt captions."""
+    """A folder, searched recursively, of jpg, png and webp images with same-name .txt captions.
+
+    `held_out` is the share of them that is never trained on, for evaluators.
+    """
 
     dir: Annotated[Path, AfterValidator(_existing)]
     min_side: int = 16
+    held_out: Share = 0.0
 
     def scan(self) -> Index:
-        return scan(self.dir, min_side=self.min_side)
+        return scan(self.dir, min_side=self.min_side).hold_out(self.held_out)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,25 @@ class SampleSource:
     """Photographs and colour cards with captions, written once into `cache` (default: the user's cache directory)."""
 
     cache: Path | None = None
+    held_out: Share = 0.0
 
     def scan(self) -> Index:
         from nai_xl.data.sample import write_sample  # needs the extra "demo", which data=folder does not
 
-        return FolderSource(write_sample((self.cache or user_cache()) / "sample")).scan()
+        return FolderSource(write_sample((self.cache or user_cache()) / "sample"), held_out=self.held_out).scan()
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """`count` drawn pictures for a model of native edge `resolution`: bodies to be counted, and single colours."""
+
+    resolution: Annotated[int, Field(ge=64, multiple_of=16)]
+    count: Annotated[int, Field(ge=1)] = 1000
+    seed: int = 0
+    include: Annotated[Sequence[Kind], Field(min_length=1)] = ("shapes", "colors")
+    held_out: Share = 0.1
+    cache: Path | None = None
+
+    def scan(self) -> Index:
+        folder = write_shapes(self.cache or user_cache(), self.count, self.seed, self.include, self.resolution)
+        return FolderSource(folder, held_out=self.held_out).scan()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -42,13 +43,19 @@ class Painter:
     decode: Callable[[Tensor], list[Image.Image]]  # normalised latents [B,4,h,w] -> images
     device: torch.device
 
-    def paint(self, prompts: Sequence[Prompt], seed: int, *, negative: str = "") -> list[Image.Image]:
-        """One image a prompt. Prompts of one canvas are sampled together; the noise depends on seed and place only."""
+    def paint(
+        self, prompts: Sequence[Prompt], seed: int, *, negative: str = "", batch: int | None = None
+    ) -> list[Image.Image]:
+        """One image a prompt. The noise depends on seed and place only. Prompts of one canvas are sampled together, or
+        `batch` of them at a time.
+        """
         images: dict[int, Image.Image] = {}
         for bucket in dict.fromkeys(prompt.bucket for prompt in prompts):
-            rows = [i for i, prompt in enumerate(prompts) if prompt.bucket == bucket]
-            latents = self._sample([prompts[i].text for i in rows], rows, bucket, seed, negative)
-            images |= dict(zip(rows, self.decode(latents), strict=True))
+            same = [i for i, prompt in enumerate(prompts) if prompt.bucket == bucket]
+            for start in range(0, len(same), batch or len(same)):
+                rows = same[start : start + (batch or len(same))]
+                latents = self._sample([prompts[i].text for i in rows], rows, bucket, seed, negative)
+                images |= dict(zip(rows, self.decode(latents), strict=True))
         return [images[i] for i in range(len(prompts))]
 
     def _sample(self, texts: list[str], rows: list[int], bucket: Bucket, seed: int, negative: str) -> Tensor:
@@ -82,6 +89,7 @@ class Studio(Painter):
     tracker: Tracker
     encoded: Encoded
     square: Bucket  # the canvas of prompts that have no image
+    run_dir: Path
 
 
 @dataclass
@@ -105,6 +113,10 @@ class SampleGrid:
     def texts(self, items: Sequence[Item]) -> list[str]:
         """The prompts, known before training so that their text conditions can be cached."""
         return list(self.prompts) if self.prompts else [item.caption for item in self.picked(items)]
+
+    def held_out(self, items: Sequence[Item]) -> list[Item]:
+        """None: its pictures are of the training."""
+        return []
 
     def picked(self, items: Sequence[Item]) -> list[Item]:
         """`count` items evenly spread over the index."""

@@ -38,6 +38,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def bands(timesteps: int) -> list[int]:
+    """The edges of the bands by which losses are reported: [0, ..., timesteps]."""
+    return [timesteps * band // BANDS for band in range(BANDS + 1)]
+
+
 class Meter:
     """Losses, timesteps and gradient norms since the last report. `gather` brings [n] of every rank to all of them.
 
@@ -56,7 +61,7 @@ class Meter:
         flops: Callable[[int, int, int], int] | None = None,
         peak_tflops: float | None = None,
     ):
-        self.edges = [timesteps * band // BANDS for band in range(BANDS + 1)]
+        self.edges = bands(timesteps)
         self.gather, self.rank, self.world, self.refuse_gradients = gather, rank, world, refuse_gradients
         self.flops, self.peak_tflops = flops, peak_tflops
         self.clear()

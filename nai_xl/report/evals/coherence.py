@@ -1,0 +1,63 @@
+"""evals=coherence: are there as many bodies as prompted, and are they whole?
+
+For models trained on data=shapes. On canvases larger than those of the training, a model whose noise leaves low
+frequencies behind paints parts without regard to each other: NovelAI V3, 2409.15997, section 2.3. A model trained on
+square crops has seen cut bodies, and paints them: section on aspect-ratio bucketing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from nai_xl.data.shapes import NUMBERS, Scene, contrast, draw_scene
+from nai_xl.report.evals.bodies import find_bodies
+from nai_xl.report.evals.painting import PaintedPrompts, Sizes
+from nai_xl.rng import draws
+
+SEED = 0  # of the prompts: the same for every run
+
+
+@dataclass(frozen=True)
+class Coherence(PaintedPrompts):
+    """Prompts of `count` scenes of data=shapes, as many of one body as of two, three and four.
+
+    coherence/count_error is the mean of |found - prompted|, coherence/surplus of found - prompted, coherence/right the
+    share of samples with the prompted number, coherence/cut the share of a sample's bodies that touch the border.
+    """
+
+    count: Annotated[int, Field(ge=1)] = 12
+    sizes: Sizes = (1, 2)
+
+    @cached_property
+    def scenes(self) -> Mapping[str, Scene]:
+        """Name -> scene; the name tells the prompt's number of bodies."""
+        drawn = (draw_scene(draws(SEED, place), ["shapes"]) for place in range(100 * self.count))
+        wanted = {number: self.count // 4 + (number <= self.count % 4) for number in range(1, len(NUMBERS) + 1)}
+        chosen = []
+        for scene in drawn:
+            if wanted[scene.number]:
+                wanted[scene.number] -= 1
+                chosen.append(scene)
+        return {f"{scene.number}-{place:03d}": scene for place, scene in enumerate(chosen)}
+
+    def prompts(self) -> Mapping[str, str]:
+        return {name: scene.caption for name, scene in self.scenes.items()}
+
+    def measure(self, name: str, pixels: NDArray[np.uint8]) -> Mapping[str, float]:
+        scene = self.scenes[name]
+        # half way from the background to the bodies, as they were prompted
+        found = find_bodies(pixels, contrast(scene.colour, scene.background) / 2)
+        surplus = found.count - scene.number
+        return {
+            "coherence/count_error": abs(surplus),
+            "coherence/surplus": surplus,
+            "coherence/right": surplus == 0,
+            "coherence/cut": found.cut / max(1, found.count),
+        }
