@@ -189,14 +189,15 @@ def find_baseline(arms: Sequence[Arm], named: str) -> Arm:
 
 
 def choose_metrics(arms: Sequence[Arm], named: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The metrics to compare, and those asked for that no run has. Unnamed: what evaluators measured, or else the
-    training loss. Raises UserError when none is left.
+    """The metrics to compare, and those asked for that no run has. Unnamed: what evaluators measured without the parts
+    of a metric, as val/loss_band_0_250 is one of val/loss; or else the training loss. Raises UserError without any.
     """
     known = dict.fromkeys(name for arm in arms for run in arm.runs.values() for name in run.curves)
     if named:
         chosen = [name for name in named if name in known]
     else:
-        chosen = [name for name in known if not name.startswith(("train/", "perf/"))]
+        whole = [name for name in known if not name.startswith(("train/", "perf/"))]
+        chosen = [name for name in whole if not any(name.startswith(f"{other}_") for other in whole)]
         chosen = chosen or [name for name in ("train/loss",) if name in known]
     if not chosen:
         errors = dict.fromkeys(f"{arm.label}: {run.error}" for arm in arms for run in arm.failed)

@@ -25,7 +25,7 @@ from nai_xl.report.comparison import Arm, Comparison, Row
 from nai_xl.report.paired import Array, better_direction, critical_t
 from nai_xl.report.plots import COLOURS, DASHES
 from nai_xl.report.runs import Curve
-from nai_xl.report.wording import number, percent
+from nai_xl.report.wording import change, percent
 
 INK, SOFT, GRID = "#1f2329", "#6b7280", "#e4e7eb"
 PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)"}  # what an SVG takes from its page
@@ -214,7 +214,7 @@ def _interval(axis: Axes, place: int, row: Row, low: float, high: float) -> None
     if e.low is not None and e.high is not None:
         axis.plot([e.low, e.high], [place] * 2, color=colour, lw=5, solid_capstyle="round", zorder=3)
     axis.plot([e.difference], [place], mark, color=colour, ms=11, mec="white", mew=1.5, zorder=4)
-    label = percent(row) or number(e.difference, sign=True)
+    label = percent(row) or change(e.difference)
     axis.annotate(
         label, (e.difference, place), xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=13,
         fontweight="bold" if row.verdict in LOOK else "normal",

@@ -27,11 +27,14 @@ RESAMPLES = 2000
 # The longest prefix of a metric's name that stands here says which direction is better
 DIRECTIONS = {
     "val/": "lower",
-    "val/clip": "higher",
-    "val/psnr": "higher",
-    "val/ssim": "higher",
     "train/loss": "lower",
     "color/error": "lower",
+    "color/luminance_min": "lower",
+    "color/luminance_max": "higher",
+    "color/luminance_range": "higher",
+    "coherence/count_error": "lower",
+    "coherence/cut": "lower",
+    "coherence/right": "higher",
     "fid": "lower",
     "kid": "lower",
     "clip": "higher",

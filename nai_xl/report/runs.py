@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nai_xl.errors import UserError
+from nai_xl.report.items import read_items
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,10 +51,7 @@ class Run:
 
     def items(self, metric: str) -> dict[int, dict[str, float]]:
         """step -> item -> value, where the evaluator of `metric` wrote them down."""
-        if self.path is None:
-            return {}
-        file = self.path / "items" / f"{metric.replace('/', '__')}.jsonl"
-        return {int(row["step"]): row["values"] for row in json_lines(file)}
+        return {} if self.path is None else read_items(self.path, metric)
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -75,9 +73,9 @@ def word(value: object) -> str:
     return str(value)
 
 
-def read_directory(path: Path, config: Mapping[str, Any]) -> Run:
-    """The run that lies in `path`, with its config flattened by the caller. Without arm.json, as a run outside of any
-    sweep is, it has no swept keys. Raises UserError when there is no run.
+def read_directory(path: Path, config: Mapping[str, Any], sweep: str = "") -> Run:
+    """The run that lies in `path` as an arm of `sweep`, with its config flattened by the caller. A run outside of any
+    sweep has no swept keys. Raises UserError when there is no run.
     """
     note = path / "arm.json"
     if not note.is_file() and not (path / "metrics.jsonl").is_file():
@@ -86,6 +84,7 @@ def read_directory(path: Path, config: Mapping[str, Any]) -> Run:
         )
     try:
         arm = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        choices = (arm.get("sweeps") or {}).get(sweep, arm.get("arm") or {})
     except json.JSONDecodeError as error:
         raise UserError(f"{note} is not JSON ({error}); train that arm again, or leave {path} out") from error
     curves: dict[str, dict[int, float]] = {}
@@ -95,7 +94,7 @@ def read_directory(path: Path, config: Mapping[str, Any]) -> Run:
                 curves.setdefault(name, {})[int(row["step"])] = float(value)
     return Run(
         name=path.name,
-        arm={key: word(value) for key, value in (arm.get("arm") or {}).items()},
+        arm={key: word(value) for key, value in choices.items()},
         seed=int(arm.get("seed", config.get("run.seed", 0))),
         status=str(arm.get("status", "FINISHED")),
         error=str(arm.get("error") or ""),
@@ -116,10 +115,11 @@ def sweep_directories(output_dir: Path, sweep: str) -> list[Path]:
     found: dict[str, list[Path]] = {}
     for note in sorted(output_dir.glob("*/arm.json"), key=lambda path: (path.stat().st_mtime, path)):
         try:
-            name = str(json.loads(note.read_text(encoding="utf-8")).get("sweep"))
+            arm = json.loads(note.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"{note} is not JSON ({error}); train that arm again, or remove the file") from error
-        found.setdefault(name, []).append(note.parent)
+        for name in dict.fromkeys(filter(None, [arm.get("sweep"), *(arm.get("sweeps") or {})])):
+            found.setdefault(name, []).append(note.parent)
     if sweep not in found:
         there = f"there is {', '.join(sorted(found))}" if found else "no arms of any sweep lie there"
         raise UserError(

@@ -8,22 +8,24 @@ from nai_xl.report.paired import NO_DIFFERENCE, ONE_SEED
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
-def number(value: float | None, *, sign: bool = False) -> str:
-    """Four digits, with a true minus, and no exponent below a thousand million."""
-    if value is None:
-        return DASH
-    if value == 0:
-        return "0"
-    text = f"{value:+.4g}" if sign else f"{value:.4g}"
-    if "e" in text and 1e4 <= abs(value) < 1e9:
-        text = f"{value:+,.0f}" if sign else f"{value:,.0f}"
-    return text.replace("-", MINUS)
+def number(value: float | None, *, digits: int = 4) -> str:
+    """So many digits, with a true minus, and no exponent from a thousandth to a thousand million."""
+    return DASH if value is None else _written(f"{value:.{digits}g}", f"{value:,.0f}", value)
+
+
+def change(value: float) -> str:
+    """Three digits and a sign; 0 has none."""
+    return "0" if value == 0 else _written(f"{value:+.3g}", f"{value:+,.0f}", value)
+
+
+def _written(short: str, whole: str, value: float) -> str:
+    return (whole if "e+" in short and abs(value) < 1e9 else short).replace("-", MINUS)
 
 
 def interval(row: Row) -> str:
-    if row.effect is None or row.effect.low is None:
+    if row.effect is None or row.effect.low is None or row.effect.high is None:
         return DASH
-    return f"{number(row.effect.low, sign=True)} to {number(row.effect.high, sign=True)}"
+    return f"{change(row.effect.low)} to {change(row.effect.high)}"
 
 
 def p_value(p: float | None) -> str:
@@ -65,7 +67,7 @@ def answer(found: Comparison, metric: str) -> str:
 def _with_size(row: Row) -> str:
     """'loss=minsnr (-0.012, -3.1 %; 95 % interval -0.016 to -0.008)'."""
     assert row.effect is not None
-    size = ", ".join(filter(None, [number(row.effect.difference, sign=True), percent(row)]))
+    size = ", ".join(filter(None, [change(row.effect.difference), percent(row)]))
     return f"{row.arm} ({size}; 95 % interval {interval(row)})"
 
 
@@ -76,3 +78,15 @@ def _with_limit(row: Row) -> str:
     if row.effect.low == row.effect.high:
         return f"{row.arm} (equal to the last digit)"
     return f"{row.arm} (95 % interval {interval(row)})"
+
+
+def remarks(found: Comparison) -> list[str]:
+    """The rows' notes, each once: before the arm alone where it holds for all of the arm's metrics."""
+    metrics: dict[tuple[str, str], list[str]] = {}
+    for row in found.rows:
+        for note in row.notes:
+            metrics.setdefault((row.arm, note), []).append(row.metric)
+    return [
+        f"{arm}: {note}" if len(of) == len(found.metrics) else f"{arm}, {', '.join(of)}: {note}"
+        for (arm, note), of in metrics.items()
+    ]
