@@ -38,7 +38,7 @@ from nai_xl.report.runs import (
     sweep_directories,
     varied_only,
 )
-from nai_xl.report.wording import answer, change, interval, number, p_value, percent, remarks
+from nai_xl.report.wording import about, answer, change, interval, number, p_value, percent, remarks
 
 SOURCES = ("experiment", "sweep", "runs")
 EXPERIMENT = "nai_xl"  # in MLflow, as conf/tracker/mlflow.yaml has it
@@ -197,7 +197,7 @@ def draw(found: Comparison, configs: Mapping[str, DictConfig]) -> dict[str, tupl
 
 def weights(found: Comparison, configs: Mapping[str, DictConfig]) -> Drawn | None:
     """The arms' schedules and weights overlaid; None where arms do not differ in them or their configs are not here."""
-    names = figures.short_labels(found.arms)
+    names = found.names
     tables: dict[str, Diagnosis] = {}
     for arm in found.arms:
         run = arm.first
@@ -321,27 +321,27 @@ SHADES = {"better": "bold blue", "worse": "bold red", "higher": "bold", "lower":
 
 def table(found: Comparison) -> Table:
     """A row for each metric and arm."""
-    made = Table(box=None, padding=(0, 1), title=html.about(found), title_justify="left", title_style="bold")
+    made = Table(box=None, padding=(0, 1), title=about(found), title_justify="left", title_style="bold")
     made.add_column("arm", no_wrap=True)
+    made.add_column("", no_wrap=True)
     for heading in ("mean", "difference", "", "95 % interval", "p (Holm)", "seeds x items"):
         made.add_column(heading, justify="right", no_wrap=True)
-    made.add_column("", no_wrap=True)
     for metric in found.metrics:
         rows = found.of(metric)
         base = next((row.baseline_mean for row in rows if row.baseline_mean is not None), None)
         made.add_row(Text(metric, style="bold cyan"))
-        made.add_row(Text(found.baseline), number(base), *[""] * 5, "baseline")
+        made.add_row(Text(found.names[found.baseline]), "baseline", number(base))
         for row in rows:
             e = row.effect
             made.add_row(
-                Text(row.arm),
+                Text(found.names[row.arm]),
+                Text(row.verdict, style=SHADES.get(row.verdict, "")),
                 number(row.mean),
                 change(e.difference) if e else "",
                 percent(row),
                 interval(row) if e else "",
                 p_value(row.p_holm) if e else "",
                 f"{e.seeds} x {e.items}" if e else "",
-                Text(row.verdict, style=SHADES.get(row.verdict, "")),
             )
     return made
 

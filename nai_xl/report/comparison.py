@@ -113,6 +113,16 @@ class Comparison:
     notes: Sequence[str] = field(default_factory=tuple)
 
     @cached_property
+    def names(self) -> dict[str, str]:
+        """Each arm's label -> as few words as tell it from the others: 'ztsnr + minsnr', 'gamma=5'."""
+        varied = [key for key in self.arms[0].choices if len({arm.choices.get(key) for arm in self.arms}) > 1]
+        short = {
+            arm.label: " + ".join(_told(key, arm.choices[key]) for key in varied if key in arm.choices)
+            for arm in self.arms
+        }
+        return short if len({*short.values()} - {""}) == len(short) else {label: label for label in short}
+
+    @cached_property
     def targets(self) -> list[Target]:
         """Empty where no validation loss was measured."""
         return [found for arm in self.arms[1:] if (found := images_to_target(arm, self.arms[0])) is not None]
@@ -130,6 +140,12 @@ class Comparison:
 
     def of(self, metric: str) -> list[Row]:
         return [row for row in self.rows if row.metric == metric]
+
+
+def _told(key: str, value: str) -> str:
+    """A value that says something by itself, such as a group's option; others with the end of their key."""
+    bare = value in ("true", "false", "null", "none", "[]") or re.fullmatch(r"[-+.\deE]+", value)
+    return f"{key.rpartition('.')[2]}={value}" if bare or "." in key else value
 
 
 def compare(runs: Sequence[Run], asked: Question) -> Comparison:

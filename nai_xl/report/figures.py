@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -89,24 +88,6 @@ def _drawn(figure: Figure, *, vector: bool = True) -> Drawn:
     return Drawn(png.getvalue(), text[text.index("<svg") :])
 
 
-def short_labels(arms: Sequence[Arm]) -> dict[str, str]:
-    """label -> as few words as tell the arms apart: 'ztsnr, v' or 'gamma=5'."""
-    varied = [key for key in arms[0].choices if len({arm.choices.get(key) for arm in arms}) > 1]
-
-    def part(key: str, value: str) -> str:
-        return f"{key.rpartition('.')[2]}={value}" if "." in key or _bare(value) else value
-
-    return {
-        arm.label: ", ".join(part(key, arm.choices[key]) for key in varied if key in arm.choices) or arm.label
-        for arm in arms
-    }
-
-
-def _bare(value: str) -> bool:
-    """Whether a value says nothing without its key."""
-    return value in ("true", "false", "null", "[]", "none") or value.replace(".", "").replace("-", "").isdigit()
-
-
 Looks = Mapping[str, tuple[str, tuple[float, ...]]]  # label -> colour and dashes
 
 
@@ -128,9 +109,9 @@ def forest(found: Comparison) -> Drawn | None:
     metrics = [metric for metric in found.metrics if any(row.effect for row in found.of(metric))]
     if not metrics:
         return None
-    columns = min(PER_ROW, len(metrics))
+    columns = _columns(len(metrics))
     deep = -(-len(metrics) // columns)
-    names = short_labels(found.arms)
+    names = found.names
     rows = len(found.arms) - 1
     with _canvas(2.2 + 4.2 * columns + (2.4 if columns == 1 else 0), deep * (1.5 + 0.62 * rows) + 0.9) as figure:
         axes = figure.subplots(deep, columns, sharey=True, squeeze=False)
@@ -146,22 +127,27 @@ def forest(found: Comparison) -> Drawn | None:
         return _drawn(figure)
 
 
-def _title(figure: Figure, words: str, key: Sequence[tuple[Line2D | Patch, str]]) -> None:
-    """A heading at the left and one line of legend below it."""
-    figure.suptitle(words, x=0.008, ha="left", fontsize=17, fontweight="bold")
-    if key:
-        handles, labels = zip(*key, strict=True)
-        figure.legend(
-            handles, labels, loc="outside upper left", ncols=min(len(key), 5), fontsize=12.5, handlelength=1.8
-        )
+def _title(figure: Figure, words: str, key: Sequence[tuple[Line2D, str]]) -> None:
+    """A heading at the left, and what colours and marks mean below it."""
+    handles, labels = zip(*key, strict=True)
+    made = figure.legend(
+        handles, labels, loc="outside upper left", ncols=min(len(key), 4), fontsize=13, handlelength=1.8, title=words,
+        title_fontproperties={"size": 17, "weight": "bold"}, alignment="left", borderaxespad=0.4, columnspacing=1.6,
+    )  # fmt: skip
+    made.get_title().set_color(INK)
 
 
-def _forest_key(found: Comparison) -> list[tuple[Line2D | Patch, str]]:
+def _columns(panels: int) -> int:
+    """Panels side by side: four stand in a square."""
+    return 2 if panels == 4 else min(PER_ROW, panels)
+
+
+def _forest_key(found: Comparison) -> list[tuple[Line2D, str]]:
     said = {row.verdict for row in found.rows if row.effect}
-    key: list[tuple[Line2D | Patch, str]] = []
+    key: list[tuple[Line2D, str]] = []
     for words, (colour, mark) in [*LOOK.items(), ("no difference shown", OTHER)]:
         if words in said:
-            key.append((Line2D([], [], color=colour, marker=mark, lw=5, markersize=9, mec="white"), words))
+            key.append((Line2D([], [], color=colour, marker=mark, lw=5, markersize=9), words))
     if any(row.effect and row.effect.unpaired for row in found.rows):
         key.append((Line2D([], [], color=SOFT, lw=1.4), "the same runs unpaired"))
     return key
@@ -213,11 +199,11 @@ def _interval(axis: Axes, place: int, row: Row, low: float, high: float) -> None
             axis.plot([at], [place + 0.22], marker=arrow if cut else "|", color=SOFT, ms=6, clip_on=False, zorder=2)
     if e.low is not None and e.high is not None:
         axis.plot([e.low, e.high], [place] * 2, color=colour, lw=5, solid_capstyle="round", zorder=3)
-    axis.plot([e.difference], [place], mark, color=colour, ms=11, mec="white", mew=1.5, zorder=4)
+    axis.plot([e.difference], [place], mark, color=colour, ms=10, zorder=4)
     label = percent(row) or change(e.difference)
     axis.annotate(
-        label, (e.difference, place), xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=13,
-        fontweight="bold" if row.verdict in LOOK else "normal",
+        label, (1.19, place), xycoords=("axes fraction", "data"), ha="right", va="center", annotation_clip=False,
+        fontweight="bold" if row.verdict in LOOK else "normal", color=INK if row.verdict in LOOK else SOFT,
     )  # fmt: skip
 
 
@@ -231,9 +217,10 @@ def curves(found: Comparison) -> Drawn | None:
     metrics = [metric for metric in found.metrics if _points(found.arms[0], metric) > 1]
     if not metrics:
         return None
-    columns = min(PER_ROW, len(metrics))
+    columns = _columns(len(metrics))
     deep = -(-len(metrics) // columns)
-    names, looks = short_labels(found.arms), line_looks(found)
+    names, looks = found.names, line_looks(found)
+    seeds = max(len(arm.runs) for arm in found.arms)
     with _canvas(1.2 + 4.9 * columns, 1.1 + 5.4 * deep) as figure:
         axes = figure.subplots(2 * deep, columns, squeeze=False, height_ratios=[3, 2] * deep, sharex=True)
         for place in range(deep * columns):
@@ -245,12 +232,11 @@ def curves(found: Comparison) -> Drawn | None:
             _curve_panel(above, found, metrics[place], looks)
             _difference_panel(below, found, metrics[place], looks)
             if place % columns == 0:
-                below.set_ylabel("difference\nto baseline")
-        seeds = max(len(arm.runs) for arm in found.arms)
+                above.set_ylabel(f"mean and range\nof {seeds} seeds" if seeds > 1 else "one seed")
+                below.set_ylabel("paired difference,\n95 % interval" if seeds > 1 else "paired difference")
         words = [f"{names[found.baseline]} (baseline)", *(names[arm.label] for arm in found.arms[1:])]
         lines = [Line2D([], [], color=colour, dashes=dashes, lw=3) for colour, dashes in looks.values()]
-        bands = f": mean and range of {seeds} seeds; below, paired difference and 95 % interval" if seeds > 1 else ""
-        _title(figure, f"Over the training{bands}", list(zip(lines, words, strict=True)))
+        _title(figure, "Over the training", list(zip(lines, words, strict=True)))
         return _drawn(figure)
 
 
@@ -314,6 +300,7 @@ def _difference_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) 
     axis.grid(axis="y")
     axis.yaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.tick_params(labelbottom=True)  # panels below hide it otherwise
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"))
     counted = any(run.images for arm in found.arms for run in arm.runs.values())
     axis.set_xlabel("images seen" if counted else "optimizer steps")
@@ -383,7 +370,7 @@ def samples(found: Comparison, seed: int) -> Drawn | None:
     sheets = {arm.label: sheet for arm in found.arms if (sheet := last_sheet(arm, seed)) is not None}
     if len(sheets) < 2:
         return None
-    names = short_labels(found.arms)
+    names = found.names
     apart = {label: cells(sheet) for label, sheet in sheets.items()}
     count = min(map(len, apart.values()))
     if not count:
@@ -404,7 +391,8 @@ def _side_by_side(
     widest = max(image.width / image.height for row in rows for _, image in row if image is not None)
     # a caption's strip is as wide as what it stood under; 1.5 times its size it can be read from afar
     with _canvas(2.3 * widest * columns + 0.3, len(rows) * (2.3 + 0.42 * bool(captions)) + 0.9) as figure:
-        heights = [2.3, 0.42] * len(rows) if captions else [2.3] * len(rows)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
+        heights = [2.3, 0.4] * len(rows) if captions else [2.3] * len(rows)
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         for i, row in enumerate(rows):
             for j, (name, image) in enumerate(row):
@@ -413,11 +401,11 @@ def _side_by_side(
                 if image is not None:
                     axis.imshow(image, interpolation="antialiased")
                 if i == 0:
-                    axis.set_title(name, fontsize=14, loc="center")
+                    axis.set_title(name.replace(" + ", "\n+ "), fontsize=14, loc="center")
             if captions:
                 axis = figure.add_subplot(grid[2 * i + 1, :])
                 axis.set_axis_off()
-                axis.imshow(captions[i], interpolation="lanczos", aspect="equal")
+                axis.imshow(captions[i], interpolation="lanczos")
                 axis.set_anchor("NW")
         figure.suptitle(f"Samples with seed {seed}", x=0.008, ha="left", fontsize=17, fontweight="bold")
         return _drawn(figure, vector=False)

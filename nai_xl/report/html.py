@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from nai_xl.report.comparison import Comparison, Cost, Row, Target
+from nai_xl.report.comparison import Comparison, Row
 from nai_xl.report.figures import Drawn
 from nai_xl.report.runs import word
-from nai_xl.report.wording import DASH, answer, change, interval, number, p_value, percent, remarks
+from nai_xl.report.wording import DASH, about, answer, change, interval, number, p_value, percent, remarks
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1f2329; --soft: #5f6773; --line: #e0e3e8;
@@ -33,7 +34,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .42rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom;
   white-space: normal; line-height: 1.25 }
-th:first-child, td:first-child, .left { text-align: left }
+th:first-child, td:first-child { text-align: left }
+.results :is(th, td):nth-child(2) { text-align: left }
 tbody th { font-weight: 600 }
 tr.head th { padding-top: 1.1rem; font-size: 1.02rem; text-align: left }
 tr.base td { color: var(--soft) }
@@ -55,8 +57,8 @@ HOW_TO_READ = """
   images, noise and timesteps, and where a metric is a mean over items, item by item.</li>
 <li><b>95 % interval</b>: Student's t with the variance over seeds and over items (crossed two-way layout,
   Satterthwaite's degrees of freedom). It is for this comparison alone.</li>
-<li><b>p (Holm)</b> is adjusted for all arms and metrics of this page: a verdict needs it below 0.05, so an interval may
-  leave out 0 while nothing is shown.</li>
+<li><b>p (Holm)</b> is adjusted for all arms and metrics of this page: a verdict needs it below 0.05, so an interval
+  may leave out 0 while nothing is shown.</li>
 <li><b>Narrower by pairing</b>: how many times wider the interval would be had the seeds of the arms nothing in common.</li>
 <li><b>No difference shown</b> is not "equal": the interval says which differences are still possible.</li>
 <li>The percentile bootstrap is in results.csv for comparison. With few seeds it is too narrow to judge by.</li>
@@ -76,8 +78,8 @@ def page(found: Comparison, figures: Mapping[str, tuple[Drawn, str]]) -> str:
         _results(found),
         _notes([*found.notes, *remarks(found)]),
         _figures(figures),
-        _targets(found.targets),
-        _costs(found.costs),
+        _targets(found),
+        _costs(found),
         _differences(found),
         "<h2>How to read this</h2>",
         HOW_TO_READ,
@@ -90,26 +92,24 @@ def page(found: Comparison, figures: Mapping[str, tuple[Drawn, str]]) -> str:
     return f"{head}\n<body><main>\n{chr(10).join(filter(None, parts))}\n</main></body></html>\n"
 
 
-def about(found: Comparison) -> str:
-    """'ztsnr: 3 arms, seeds 0, 1, 2; baseline schedule=scaled_linear.'"""
-    seeds = sorted({seed for arm in found.arms for seed in [*arm.runs, *(run.seed for run in arm.failed)]})
-    named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return f"{found.asked.name}: {len(found.arms)} arms, {named}. Baseline: {found.baseline}."
-
-
 def _answers(found: Comparison) -> str:
     lines = []
     for metric in found.metrics:
         verdicts = {row.verdict for row in found.of(metric)}
         side = next((words for words in ("worse", "better") if {words} == verdicts & {"better", "worse"}), "")
-        lines.append(f'<p class="answer {side}"><b>{escape(metric)}</b>{escape(answer(found, metric))}</p>')
+        lines.append(f'<p class="answer {side}"><b>{escape(metric)}</b>{_marked(answer(found, metric))}</p>')
     return f'<div class="answers">{"".join(lines)}</div>'
+
+
+def _marked(sentence: str) -> str:
+    """Verdicts in their colours."""
+    return re.sub(r"\b(better|worse)\b", r'<span class="tag \1">\1</span>', escape(sentence))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 RESULT_COLUMNS = (
-    "arm", "mean", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing", "seeds x items", "verdict",
+    "arm", "verdict", "mean", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing", "seeds x items",
 )  # fmt: skip
 
 
@@ -120,18 +120,19 @@ def _results(found: Comparison) -> str:
         body.append(f'<tr class="head"><th colspan="{len(RESULT_COLUMNS)}">{escape(metric)}</th></tr>')
         means = [row.baseline_mean for row in rows if row.baseline_mean is not None]
         body.append(
-            f'<tr class="base"><td>{escape(found.baseline)}</td><td>{number(means[0] if means else None)}</td>'
-            f'<td colspan="{len(RESULT_COLUMNS) - 3}"></td><td>baseline</td></tr>'
+            f'<tr class="base"><td>{escape(found.names[found.baseline])}</td><td>baseline</td>'
+            f'<td>{number(means[0] if means else None)}</td><td colspan="{len(RESULT_COLUMNS) - 3}"></td></tr>'
         )
-        body.extend(_result(row) for row in rows)
-    return _table(RESULT_COLUMNS, "".join(body))
+        body.extend(_result(row, found.names[row.arm]) for row in rows)
+    return _table(RESULT_COLUMNS, "".join(body), ' class="results"')
 
 
-def _result(row: Row) -> str:
+def _result(row: Row, name: str) -> str:
     e = row.effect
     side = escape(row.verdict.replace(" ", "-"))
     cells = [
-        f"<td>{escape(row.arm)}</td>",
+        f"<td>{escape(name)}</td>",
+        f'<td class="tag">{escape(row.verdict)}</td>',
         f"<td>{number(row.mean)}</td>",
         f"<td>{change(e.difference) if e else DASH}</td>",
         f"<td>{percent(row)}</td>",
@@ -139,14 +140,13 @@ def _result(row: Row) -> str:
         f"<td>{p_value(row.p_holm)}</td>",
         f"<td>{f'{number(e.factor, digits=2)} x' if e and e.factor else DASH}</td>",
         f"<td>{f'{e.seeds} x {e.items}' if e and e.items > 1 else e.seeds if e else DASH}</td>",
-        f'<td class="tag">{escape(row.verdict)}</td>',
     ]
     return f'<tr class="{side}">{"".join(cells)}</tr>'
 
 
-def _table(columns: Iterable[str], body: str) -> str:
+def _table(columns: Iterable[str], body: str, kind: str = "") -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -157,19 +157,30 @@ def _notes(notes: Sequence[str]) -> str:
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>' if notes else ""
 
 
-def _targets(targets: Sequence[Target]) -> str:
-    if not targets:
+def _targets(found: Comparison) -> str:
+    if not found.targets:
         return ""
-    metric = targets[0].metric
+    metric = found.targets[0].metric
     body = []
-    for target in targets:
+    for target in found.targets:
         reached = [images for images in target.images.values() if images is not None]
         mean = sum(target.baseline_images.values()) / len(target.baseline_images)
         own = f"{sum(reached) / len(reached):,.0f}" if reached else "not reached"
         times = target.ratio
         share = number(times[0]) if times else DASH
         between = f"{number(times[1])} to {number(times[2])}" if times and times[1] is not None else DASH
-        body.append(_row([target.arm, own, f"{mean:,.0f}", f"{len(reached)} of {len(target.images)}", share, between]))
+        body.append(
+            _row(
+                [
+                    found.names[target.arm],
+                    own,
+                    f"{mean:,.0f}",
+                    f"{len(reached)} of {len(target.images)}",
+                    share,
+                    between,
+                ]
+            )
+        )
     columns = ("arm", "images, mean", "baseline", "seeds that reached it", "share of the baseline's", "95 % interval")
     return (
         f"<h2>Images needed to reach the baseline's last {escape(metric)}</h2>{_table(columns, ''.join(body))}"
@@ -178,12 +189,12 @@ def _targets(targets: Sequence[Target]) -> str:
     )
 
 
-def _costs(costs: Sequence[Cost]) -> str:
+def _costs(found: Comparison) -> str:
     columns = ("arm", "runs", "minutes a run", "images a run", "images/s", "peak memory, GiB")
     rows = [
         _row(
             [
-                cost.arm,
+                found.names[cost.arm],
                 str(cost.runs),
                 number(None if cost.seconds is None else round(cost.seconds / 60, 2)),
                 DASH if cost.images is None else f"{cost.images:,.0f}",
@@ -191,7 +202,7 @@ def _costs(costs: Sequence[Cost]) -> str:
                 number(cost.peak_memory_gib),
             ]
         )
-        for cost in costs
+        for cost in found.costs
     ]
     return f"<h2>Cost</h2>{_table(columns, ''.join(rows))}"
 
@@ -199,7 +210,7 @@ def _costs(costs: Sequence[Cost]) -> str:
 def _differences(found: Comparison) -> str:
     if not found.differences:
         return ""
-    columns = ["setting", *(arm.label for arm in found.arms)]
+    columns = ["setting", *(found.names[arm.label] for arm in found.arms)]
     body = "".join(
         f"<tr><td><code>{escape(key)}</code></td>"
         f"{''.join(f'<td class=value>{escape(_shown(value))}</td>' for value in values)}</tr>"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from nai_xl.report.comparison import FAILED, NO_PAIRS, NOT_MEASURED, Comparison, Row
 from nai_xl.report.paired import NO_DIFFERENCE, ONE_SEED
 
@@ -33,51 +36,72 @@ def p_value(p: float | None) -> str:
 
 
 def percent(row: Row) -> str:
-    if row.percent is None:
-        return ""
-    return "0 %" if row.percent == 0 else f"{row.percent:+.2g} %".replace("-", MINUS)
+    return "" if row.percent is None else _percent(row.percent)
+
+
+def _percent(value: float) -> str:
+    """Two digits, without exponents: +0.064 %, -12 %, +120 %; '<0.001 %' has no sign."""
+    if value == 0:
+        return "0 %"
+    if abs(value) < 0.001:
+        return "<0.001 %"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:+.{digits}f} %".replace("-", MINUS)
+
+
+def about(found: Comparison) -> str:
+    """'ztsnr: 3 arms, seeds 0, 1, 2. Baseline: schedule=scaled_linear.'"""
+    seeds = sorted({seed for arm in found.arms for seed in [*arm.runs, *(run.seed for run in arm.failed)]})
+    named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{found.asked.name}: {len(found.arms)} arms, {named}. Baseline: {found.baseline}."
 
 
 def answer(found: Comparison, metric: str) -> str:
     """One or two sentences: who is better or worse than the baseline and by how much, and of whom nothing is shown."""
-    rows = found.of(metric)
-    said: list[str] = []
+    rows, names = found.of(metric), found.names
+    told: list[str] = []
     for words in ("better", "worse", "lower", "higher"):
         some = [row for row in rows if row.verdict == words]
         if some:
             some.sort(key=lambda row: abs(row.effect.difference) if row.effect else 0, reverse=True)
-            than = f"{words} than {found.baseline}" if not said else words
-            said.append(f"{'; '.join(map(_with_size, some))} {'is' if len(some) == 1 else 'are'} {than}")
-    sentence = f"{' and '.join(said)}." if said else ""
-    rest = [row for row in rows if row.verdict not in ("better", "worse", "lower", "higher")]
-    other = []
+            than = "" if told else f" than {names[found.baseline]}"
+            sized = _listed([f"{names[row.arm]} ({_size(row)})" for row in some])
+            told.append(f"{sized} {'is' if len(some) == 1 else 'are'} {words}{than}")
+    sentences = ["; ".join(told)] if told else []
     for words, before in (
         (NO_DIFFERENCE, "No difference is shown for"),
         (ONE_SEED, "One seed is too few to judge"),
-        (FAILED, "Failed:"),
+        (FAILED, "There is no result of"),
         (NOT_MEASURED, "Not measured in"),
-        (NO_PAIRS, "No pairs of runs for"),
+        (NO_PAIRS, "There are no pairs of runs for"),
     ):
-        some = [row for row in rest if row.verdict == words]
+        some = [row for row in rows if row.verdict == words]
         if some:
-            other.append(f"{before} {'; '.join(_with_limit(row) for row in some)}")
-    return " ".join(part for part in (sentence, f"{'. '.join(other)}." if other else "") if part)
+            limits = [f"{names[row.arm]}{_limit(row)}" for row in some]
+            sentences.append(f"{before} {_listed(limits)}{', which failed' if words == FAILED else ''}")
+    return " ".join(f"{sentence}." for sentence in sentences)
 
 
-def _with_size(row: Row) -> str:
-    """'loss=minsnr (-0.012, -3.1 %; 95 % interval -0.016 to -0.008)'."""
-    assert row.effect is not None
-    size = ", ".join(filter(None, [change(row.effect.difference), percent(row)]))
-    return f"{row.arm} ({size}; 95 % interval {interval(row)})"
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def _with_limit(row: Row) -> str:
-    """Of an arm that shows nothing: how large a difference could have hidden."""
-    if row.verdict != NO_DIFFERENCE or row.effect is None or row.effect.low is None or row.effect.high is None:
-        return row.arm
-    if row.effect.low == row.effect.high:
-        return f"{row.arm} (equal to the last digit)"
-    return f"{row.arm} (95 % interval {interval(row)})"
+def _size(row: Row) -> str:
+    """In per cent where that has a meaning."""
+    return percent(row) or (change(row.effect.difference) if row.effect else "")
+
+
+def _limit(row: Row) -> str:
+    """Of an arm that shows nothing: where the difference may lie, in per cent of the baseline where that is not 0."""
+    e = row.effect
+    if row.verdict != NO_DIFFERENCE or e is None or e.low is None or e.high is None:
+        return ""
+    if e.low == e.high == 0:
+        return " (identical)"
+    if not row.baseline_mean:
+        return f" ({interval(row)})"
+    low, high = (_percent(100 * end / abs(row.baseline_mean)) for end in (e.low, e.high))
+    return f" ({low.removesuffix(' %')} to {high})"
 
 
 def remarks(found: Comparison) -> list[str]:
@@ -87,6 +111,6 @@ def remarks(found: Comparison) -> list[str]:
         for note in row.notes:
             metrics.setdefault((row.arm, note), []).append(row.metric)
     return [
-        f"{arm}: {note}" if len(of) == len(found.metrics) else f"{arm}, {', '.join(of)}: {note}"
+        f"{found.names[arm]}{'' if len(of) == len(found.metrics) else f', {_listed(of)}'}: {note}"
         for (arm, note), of in metrics.items()
     ]
