@@ -139,8 +139,8 @@ class Job:
             self.build(self.cfg.tracker, run_dir=self.home.path) if self.accelerator.is_main_process else NoTracker()
         )
         with tracker, Stop() as stop, process_wide.restored():
-            tags = {**self.choices, "git_commit": git_commit(), "data_fingerprint": index.fingerprint()}
-            tracker.params(config.flat(self.cfg), tags)
+            chosen = {**self.choices, **config.flat(self.cfg), "data_fingerprint": index.fingerprint()}
+            tracker.params(chosen, {"seed": str(self.settings.seed), "git_commit": git_commit()})
             tracker.artifact(self.home.path / "config.yaml")
             self._train(components, encoded, checkpoints, tracker, stop, steps)
         self._say_where(tracker.where())

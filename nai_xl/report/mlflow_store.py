@@ -1,0 +1,101 @@
+"""A store of MLflow: opened safely by several processes at once, and where its pages show what."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+UI = "http://127.0.0.1:5000"  # where a plain `mlflow ui` serves
+# MLflow's pages open as those for language models until a person switches: neither the database nor the tag
+# mlflow.experimentKind decides, only this part of the address (or what the browser remembers of the switch)
+KIND = "workflowType=machine_learning"
+
+
+def default_uri() -> str:
+    """The SQLite file mlflow.db in the working directory, which a plain `mlflow ui` there shows."""
+    return f"{SQLITE}{Path.cwd() / 'mlflow.db'}"
+
+
+def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """A client of the store, and the id of `experiment`, which is created if missing.
+
+    Several processes that open a missing database at once corrupt its first migration, so they take turns; the same
+    for creating the experiment. Raises MlflowException or OSError when the store does not answer.
+    """
+    from mlflow import MlflowClient
+
+    _quiet()
+    if not uri.startswith(SQLITE):
+        client = MlflowClient(tracking_uri=uri)
+        return client, _experiment_id(client, experiment, None)
+    database = Path(uri.removeprefix(SQLITE))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):
+        client = MlflowClient(tracking_uri=uri)
+        # without a location of its own, MLflow's artifacts would follow the working directory of the reader
+        return client, _experiment_id(client, experiment, (database.parent / "mlruns").as_uri())
+
+
+def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        # the kind says what the runs are, to MLflow and to readers of its tables
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(name, artifact_location=location, tags=kind))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_ALREADY_EXISTS" and (found := client.get_experiment_by_name(name)):
+            return str(found.experiment_id)  # another arm was faster
+        raise
+
+
+def _quiet() -> None:
+    """MLflow tells every database migration, and would try a dead server for minutes."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+
+def how_to_serve(uri: str) -> str:
+    """The command after which the addresses below can be opened; "" for a store that is a server already."""
+    if uri.startswith("http"):
+        return ""
+    return "mlflow ui" if uri == default_uri() else f"mlflow ui --backend-store-uri {uri}"
+
+
+def _page(uri: str) -> str:
+    return f"{uri.rstrip('/') if uri.startswith('http') else UI}/#"
+
+
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    return f"{_page(uri)}/experiments/{experiment_id}/runs/{run_id}?{KIND}"
+
+
+def chart_page(uri: str, experiment_id: str, sweep: str) -> str:
+    """The curves and pictures of a sweep's arms, one above the other."""
+    chosen = quote(f"tags.sweep = '{sweep}'", safe="")
+    return f"{_page(uri)}/experiments/{experiment_id}/runs?{KIND}&searchFilter={chosen}&compareRunsMode=CHART"
+
+
+def compare_page(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Runs side by side: their params, last values and how one goes with the other."""
+    runs = quote(json.dumps(list(run_ids), separators=(",", ":")), safe="")
+    experiments = quote(json.dumps([experiment_id]), safe="")
+    return f"{_page(uri)}/compare-runs?{KIND}&runs={runs}&experiments={experiments}"
