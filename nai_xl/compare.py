@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,8 @@ from nai_xl.errors import UserError
 from nai_xl.report import figures, html, plots
 from nai_xl.report.comparison import NOT_OF_THE_METHOD, Comparison, Question, Row, compare
 from nai_xl.report.figures import Drawn
+from nai_xl.report.mlflow_delivery import Progress
+from nai_xl.report.mlflow_sweep import log_summary
 from nai_xl.report.runs import (
     Run,
     named_by_differences,
@@ -38,7 +41,7 @@ from nai_xl.report.runs import (
     sweep_directories,
     varied_only,
 )
-from nai_xl.report.wording import about, answer, change, interval, number, p_value, percent, remarks
+from nai_xl.report.wording import about, answer, change, interval, markdown, number, p_value, percent, remarks
 
 SOURCES = ("experiment", "sweep", "runs")
 EXPERIMENT = "nai_xl"  # in MLflow, as conf/tracker/mlflow.yaml has it
@@ -295,6 +298,7 @@ def write(found: Comparison, folder: Path, drawn: Mapping[str, tuple[Drawn, str]
             writer = csv.DictWriter(file, CSV_COLUMNS)
             writer.writeheader()
             writer.writerows(tidy(found, row) for row in found.rows)
+        (folder / "report.md").write_text(markdown(found), encoding="utf-8")
         text = json.dumps(_finite(as_json(found)), indent=2, default=str, allow_nan=False)
         data.write_text(text + "\n", encoding="utf-8")
         for name, (figure, _) in drawn.items():
@@ -302,7 +306,27 @@ def write(found: Comparison, folder: Path, drawn: Mapping[str, tuple[Drawn, str]
         write_atomically(page, lambda path: path.write_text(html.page(found, drawn), encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); set output_dir=DIR") from error
-    return [page, table, data, *(folder / f"{name}.png" for name in drawn)]
+    return [page, folder / "report.md", table, data, *(folder / f"{name}.png" for name in drawn)]
+
+
+def log(found: Comparison, files: Sequence[Path]) -> str:
+    """Put the report where the arms are in MLflow; what became of it, in a line, or '' when they are in none."""
+    paths = [run.path for arm in found.arms for run in arm.runs.values() if run.path is not None]
+    sent = next((progress for path in paths if (progress := Progress.read(path)) is not None and progress.run_id), None)
+    if sent is None:
+        return ""
+    differences = {
+        re.sub(r"[^\w\-./ :]", "_", f"{row.metric}/{found.names[row.arm].replace(' + ', ' ')}"): row.effect.difference
+        for row in found.rows
+        if row.effect
+    }
+    try:
+        page = log_summary(
+            found.asked.name, found.asked.question, files, differences, uri=sent.uri, experiment=sent.experiment
+        )
+    except UserError as error:
+        return f"not in MLflow: {error}"
+    return f"MLflow: {page}"
 
 
 def _finite(value: Any) -> Any:
@@ -366,6 +390,8 @@ def main() -> None:
         folder = found.output_dir / f"compare-{found.question.name}"
         files = write(result, folder, draw(result, found.configs))
         show(result, files)
+        if line := log(result, files):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Run directories that look like a finished sweep's, made of known effects and noise instead of training."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
 from nai_xl import config
@@ -26,6 +27,7 @@ def write_run(
     steps: Sequence[int] = STEPS,
     items: int = 24,
     sheet: Image.Image | None = None,
+    question: Mapping[str, object] = {},
 ) -> Path:
     """One run: each metric of `effect` is a falling curve shifted at its end by so much. Noise of a seed and of an item
     is the same in every arm, as it is in paired runs; a hundredth of it is the arm's own.
@@ -55,12 +57,18 @@ def write_run(
         "seconds": 60.0 + seed, "steps": done, "images": BATCH * done,
     }  # fmt: skip
     (path / "arm.json").write_text(json.dumps(note))
-    cfg = config.compose([*overrides, f"run.seed={seed}"])
-    OmegaConf.save(cfg, path / "config.yaml", resolve=True)
+    cfg = _composed(tuple(overrides)).copy()
+    cfg.run.seed = seed
+    OmegaConf.save(OmegaConf.create({**cfg, "sweep": dict(question)}), path / "config.yaml", resolve=True)
     if sheet is not None:
         (path / "samples").mkdir()
         sheet.save(path / "samples" / f"step_{done:08d}.png")
     return path
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    return config.compose([*overrides])
 
 
 def blob(seed: int, shade: int, size: int = 96) -> Image.Image:

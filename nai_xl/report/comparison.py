@@ -291,7 +291,8 @@ def _remarks(
 ) -> Iterator[str]:
     """What a reader must know of this row."""
     for side, name in ((arm, "this arm"), (baseline, "the baseline")):
-        only = [seed for seed in side.runs if seed not in pairs]
+        told = {run.seed for run in [*arm.failed, *baseline.failed]}
+        only = [seed for seed in side.runs if seed not in pairs and seed not in told]
         if only:
             yield f"{_seeds(only)} only in {name}: left out"
     for run in baseline.failed:

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib
+import matplotlib.font_manager
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from nai_xl.report.comparison import Arm, Comparison, Row
 from nai_xl.report.paired import Array, better_direction, critical_t
@@ -55,6 +56,7 @@ PER_ROW = 3  # panels side by side
 # of nai_xl.report.evaluate.contact_sheet, whose module would bring the model's libraries
 SHEET_GAP, SHEET_CAPTION, SHEET_COLUMNS = 6, 34, 4
 PROMPTS_SHOWN = 6
+SAMPLE_HEIGHTS = (256, 512)  # pixels of an image in the samples' figure, least and most
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,12 @@ def _canvas(width: float, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def _drawn(figure: Figure, *, vector: bool = True) -> Drawn:
+def _drawn(figure: Figure) -> Drawn:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
-    if not vector:
-        return Drawn(png.getvalue())
+    figure.set_layout_engine("none")  # laid out once is enough
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = svg.getvalue()
     for colour, variable in PAGE.items():
         text = text.replace(colour, variable)
@@ -129,9 +130,9 @@ def forest(found: Comparison) -> Drawn | None:
 
 def _title(figure: Figure, words: str, key: Sequence[tuple[Line2D, str]]) -> None:
     """A heading at the left, and what colours and marks mean below it."""
-    handles, labels = zip(*key, strict=True)
+    handles, labels = [handle for handle, _ in key], [label for _, label in key]
     made = figure.legend(
-        handles, labels, loc="outside upper left", ncols=min(len(key), 4), fontsize=13, handlelength=1.8, title=words,
+        handles, labels, loc="outside upper left", ncols=max(1, min(len(key), 4)), fontsize=13, handlelength=1.8, title=words,
         title_fontproperties={"size": 17, "weight": "bold"}, alignment="left", borderaxespad=0.4, columnspacing=1.6,
     )  # fmt: skip
     made.get_title().set_color(INK)
@@ -202,7 +203,7 @@ def _interval(axis: Axes, place: int, row: Row, low: float, high: float) -> None
     axis.plot([e.difference], [place], mark, color=colour, ms=10, zorder=4)
     label = percent(row) or change(e.difference)
     axis.annotate(
-        label, (1.19, place), xycoords=("axes fraction", "data"), ha="right", va="center", annotation_clip=False,
+        label, (1.05, place), xycoords=("axes fraction", "data"), ha="left", va="center", annotation_clip=False,
         fontweight="bold" if row.verdict in LOOK else "normal", color=INK if row.verdict in LOOK else SOFT,
     )  # fmt: skip
 
@@ -387,25 +388,38 @@ def samples(found: Comparison, seed: int) -> Drawn | None:
 def _side_by_side(
     rows: Sequence[Sequence[tuple[str, Image.Image | None]]], seed: int, captions: Sequence[Image.Image] = ()
 ) -> Drawn:
-    columns = len(rows[0])
-    widest = max(image.width / image.height for row in rows for _, image in row if image is not None)
-    # a caption's strip is as wide as what it stood under; 1.5 times its size it can be read from afar
-    with _canvas(2.3 * widest * columns + 0.3, len(rows) * (2.3 + 0.42 * bool(captions)) + 0.9) as figure:
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
-        heights = [2.3, 0.4] * len(rows) if captions else [2.3] * len(rows)
-        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-        for i, row in enumerate(rows):
-            for j, (name, image) in enumerate(row):
-                axis = figure.add_subplot(grid[(2 * i if captions else i), j])
-                axis.set_axis_off()
-                if image is not None:
-                    axis.imshow(image, interpolation="antialiased")
-                if i == 0:
-                    axis.set_title(name.replace(" + ", "\n+ "), fontsize=14, loc="center")
-            if captions:
-                axis = figure.add_subplot(grid[2 * i + 1, :])
-                axis.set_axis_off()
-                axis.imshow(captions[i], interpolation="lanczos")
-                axis.set_anchor("NW")
-        figure.suptitle(f"Samples with seed {seed}", x=0.008, ha="left", fontsize=17, fontweight="bold")
-        return _drawn(figure, vector=False)
+    """One picture of all, each image equally high; drawn by hand, as matplotlib takes seconds for so many axes."""
+    high = min(
+        SAMPLE_HEIGHTS[1], max(SAMPLE_HEIGHTS[0], max(image.height for row in rows for _, image in row if image))
+    )
+    widest = max(image.width / image.height for row in rows for _, image in row if image)
+    wide, strip, gap = round(high * widest), 2 * SHEET_CAPTION if captions else 0, 14
+    bold = matplotlib.font_manager.findfont("DejaVu Sans:bold")
+    heading, label = ImageFont.truetype(bold, 34), ImageFont.truetype(bold, 24)
+    names = ["\n+ ".join(name.split(" + ")) for name, _ in rows[0]]
+    top = gap + 48 + 30 * max(name.count("\n") + 1 for name in names) + gap
+    size = (gap + len(names) * (wide + gap), top + len(rows) * (high + strip + gap))
+    sheet = Image.new("RGB", (max(size[0], 460), size[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, gap), f"Samples with seed {seed}", fill=INK, font=heading)
+    for j, name in enumerate(names):
+        at = (gap + j * (wide + gap) + wide // 2, top - gap // 2)
+        pen.multiline_text(at, name, fill=INK, font=_fitting(label, name, wide), anchor="md", align="center")
+    for i, row in enumerate(rows):
+        y = top + i * (high + strip + gap)
+        for j, (_, image) in enumerate(row):
+            if image is not None:
+                shown = image.resize((round(high * image.width / image.height), high), Image.Resampling.LANCZOS)
+                sheet.paste(shown, (gap + j * (wide + gap) + (wide - shown.width) // 2, y))
+        if captions:
+            text = captions[i].resize((2 * captions[i].width, strip), Image.Resampling.LANCZOS)
+            sheet.paste(text, (gap, y + high))
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    return Drawn(png.getvalue())
+
+
+def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> ImageFont.FreeTypeFont:
+    """The same font, smaller where a line would be wider than its column."""
+    longest = max(font.getlength(line) for line in text.split("\n"))
+    return font if longest <= width else font.font_variant(size=max(11, int(font.size * width / longest)))

@@ -20,7 +20,7 @@ CSS = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif }
-main { max-width: 1180px; margin: 0 auto; padding: 2.2rem 1.5rem 4rem }
+main { max-width: 1240px; margin: 0 auto; padding: 2.2rem 1.5rem 4rem }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; text-wrap: balance }
 h2 { font-size: 1.3rem; margin: 3rem 0 .8rem }
 .about { color: var(--soft); margin: 0 0 1.6rem }
@@ -31,7 +31,7 @@ h2 { font-size: 1.3rem; margin: 3rem 0 .8rem }
 .answer.better { border-color: var(--good) } .answer.worse { border-color: var(--bad) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem }
-th, td { padding: .42rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { padding: .42rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom;
   white-space: normal; line-height: 1.25 }
 th:first-child, td:first-child { text-align: left }
@@ -39,8 +39,10 @@ th:first-child, td:first-child { text-align: left }
 tbody th { font-weight: 600 }
 tr.head th { padding-top: 1.1rem; font-size: 1.02rem; text-align: left }
 tr.base td { color: var(--soft) }
-.tag { font-weight: 650; color: var(--neither) }
-.better .tag, .tag.better { color: var(--good) } .worse .tag, .tag.worse { color: var(--bad) }
+.tag { color: var(--neither) }
+.better .tag, .tag.better { color: var(--good); font-weight: 650 }
+.worse .tag, .tag.worse { color: var(--bad); font-weight: 650 }
+.higher .tag, .lower .tag { color: var(--ink); font-weight: 650 }
 .notes { color: var(--soft); font-size: .92rem; white-space: normal; text-align: left }
 figure { margin: 0 0 1.4rem } figure svg { width: 100%; height: auto; display: block }
 figure img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 8px; padding: 6px }
@@ -57,9 +59,9 @@ HOW_TO_READ = """
   images, noise and timesteps, and where a metric is a mean over items, item by item.</li>
 <li><b>95 % interval</b>: Student's t with the variance over seeds and over items (crossed two-way layout,
   Satterthwaite's degrees of freedom). It is for this comparison alone.</li>
-<li><b>p (Holm)</b> is adjusted for all arms and metrics of this page: a verdict needs it below 0.05, so an interval
+<li><b>p (Holm)</b> is adjusted for all arms and metrics here: a verdict needs it below 0.05, so an interval
   may leave out 0 while nothing is shown.</li>
-<li><b>Narrower by pairing</b>: how many times wider the interval would be had the seeds of the arms nothing in common.</li>
+<li><b>Narrower by pairing</b>: how many times wider the interval would be if the arms shared no seed.</li>
 <li><b>No difference shown</b> is not "equal": the interval says which differences are still possible.</li>
 <li>The percentile bootstrap is in results.csv for comparison. With few seeds it is too narrow to judge by.</li>
 </ul>

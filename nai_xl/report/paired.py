@@ -139,8 +139,9 @@ def spread(table: Array) -> Spread:
     Seeds and items are crossed, so the table has two ways of varying, and values that share a seed or an item are not
     independent: var(mean) = (MS_S + MS_I - MS_SI) / SI with expected mean squares of the two-way layout ([Clark];
     [Hillis]: every item is read by every seed). The items' part is never less than 0, so the whole is never less than
-    the variance of the S means of seeds. Degrees of freedom by [Satterthwaite]; without an items' part S - 1, which
-    makes it the plain t-interval over seeds. With S = 1 only the items vary.
+    the variance of the S means of seeds. Degrees of freedom are [Satterthwaite]'s for a sum of two parts with S - 1 and
+    I - 1, as [Hillis] has them but for the second, which counts where items are few; without an items' part they are
+    S - 1: the plain t-interval over seeds. With S = 1 only the items vary.
     """
     seeds, items = table.shape
     if seeds == 1:
@@ -152,9 +153,7 @@ def spread(table: Array) -> Spread:
     rest = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     both = float((rest**2).sum()) / ((seeds - 1) * (items - 1)) / (seeds * items)  # MS_SI / SI
     added = max(by_item - both, 0.0)
-    uncertain = by_seed**2 / (seeds - 1)
-    if added:
-        uncertain += by_item**2 / (items - 1) + both**2 / ((seeds - 1) * (items - 1))
+    uncertain = by_seed**2 / (seeds - 1) + added**2 / (items - 1)
     # without any spread, or with one too small for its square to be a float, there is nothing to divide by
     return Spread(by_seed, added, (by_seed + added) ** 2 / uncertain if uncertain else seeds - 1)
 

@@ -131,9 +131,12 @@ def sweep_directories(output_dir: Path, sweep: str) -> list[Path]:
 
 def named_by_differences(runs: Sequence[Run], ignored: tuple[str, ...]) -> list[Run]:
     """Runs outside of any sweep as arms: each is named by the config's values that are not the same in all of them,
-    less the keys that begin with one of `ignored`. Runs that differ in these only are one arm with several seeds.
+    less the keys that begin with one of `ignored` or repeat the seed. Runs that differ in these only are one arm with
+    several seeds.
     """
+    seeds = [run.seed for run in runs]
     keys = [key for key in different_keys([run.config for run in runs]) if not key.startswith(ignored)]
+    keys = [key for key in keys if [run.config.get(key) for run in runs] != seeds]
     return [replace(run, arm={key: word(run.config.get(key)) for key in keys}) for run in runs]
 
 

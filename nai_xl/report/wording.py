@@ -114,3 +114,17 @@ def remarks(found: Comparison) -> list[str]:
         f"{found.names[arm]}{'' if len(of) == len(found.metrics) else f', {_listed(of)}'}: {note}"
         for (arm, note), of in metrics.items()
     ]
+
+
+def markdown(found: Comparison) -> str:
+    """The question, the answers and the table, short enough to stand in a README or in MLflow."""
+    rows = ["| metric | arm | verdict | difference | | 95 % interval | p (Holm) |", "|---|---|---|---|---|---|---|"]
+    for row in found.rows:
+        cells = [row.metric, found.names[row.arm], row.verdict]
+        size = change(row.effect.difference) if row.effect else DASH
+        cells += [size, percent(row), interval(row), p_value(row.p_holm)]
+        rows.append(f"| {' | '.join(cells)} |")
+    answers = [f"- **{metric}**: {answer(found, metric)}" for metric in found.metrics]
+    notes = [f"- {note}" for note in [*found.notes, *remarks(found)]]
+    parts = [[found.asked.question or found.asked.name], [about(found)], answers, rows, notes]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
