@@ -134,8 +134,10 @@ class Comparison:
     @cached_property
     def differences(self) -> dict[str, list[object]]:
         """config key -> its value in each arm, for the keys that arms differ in."""
-        configs = [arm.first.config if arm.first else {} for arm in self.arms]
+        firsts = [arm.first for arm in self.arms if arm.first is not None]
+        configs = [run.config for run in firsts]
         keys = [key for key in different_keys(configs) if not key.startswith(NOT_OF_THE_METHOD)]
+        keys = [key for key in keys if [config.get(key) for config in configs] != [run.seed for run in firsts]]
         return {key: [config.get(key) for config in configs] for key in keys}
 
     def of(self, metric: str) -> list[Row]:

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from nai_xl.report.comparison import Arm, Comparison, Row
-from nai_xl.report.paired import Array, better_direction, critical_t
+from nai_xl.report.paired import NO_DIFFERENCE, ONE_SEED, Array, better_direction, critical_t
 from nai_xl.report.plots import COLOURS, DASHES
 from nai_xl.report.runs import Curve
 from nai_xl.report.wording import change, percent
@@ -30,7 +30,9 @@ from nai_xl.report.wording import change, percent
 INK, SOFT, GRID = "#1f2329", "#6b7280", "#e4e7eb"
 PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)"}  # what an SVG takes from its page
 GOOD, BAD, NEITHER = COLOURS[0], COLOURS[1], "#8a8f98"
-LOOK = {"better": (GOOD, "o"), "worse": (BAD, "D")}  # colour and mark of a verdict
+LOOK = {  # colour and mark of a verdict that a difference is there
+    "better": (GOOD, "o"), "worse": (BAD, "D"), "higher": (COLOURS[7], "^"), "lower": (COLOURS[7], "v"),
+}  # fmt: skip
 OTHER = (NEITHER, "s")
 STYLE = {
     "font.size": 13,
@@ -131,9 +133,12 @@ def forest(found: Comparison) -> Drawn | None:
 def _title(figure: Figure, words: str, key: Sequence[tuple[Line2D, str]]) -> None:
     """A heading at the left, and what colours and marks mean below it."""
     handles, labels = [handle for handle, _ in key], [label for _, label in key]
+    inches = 0.9 + 0.11 * max(map(len, labels), default=0)  # of the widest entry
+    columns = max(1, min(len(key), int(figure.get_figwidth() / inches)))
     made = figure.legend(
-        handles, labels, loc="outside upper left", ncols=max(1, min(len(key), 4)), fontsize=13, handlelength=1.8, title=words,
-        title_fontproperties={"size": 17, "weight": "bold"}, alignment="left", borderaxespad=0.4, columnspacing=1.6,
+        handles, labels, title=words, title_fontproperties={"size": 17, "weight": "bold"}, alignment="left",
+        loc="outside upper left", ncols=columns, fontsize=13, handlelength=1.8, borderaxespad=0.4,
+        columnspacing=1.6,
     )  # fmt: skip
     made.get_title().set_color(INK)
 
@@ -146,9 +151,9 @@ def _columns(panels: int) -> int:
 def _forest_key(found: Comparison) -> list[tuple[Line2D, str]]:
     said = {row.verdict for row in found.rows if row.effect}
     key: list[tuple[Line2D, str]] = []
-    for words, (colour, mark) in [*LOOK.items(), ("no difference shown", OTHER)]:
-        if words in said:
-            key.append((Line2D([], [], color=colour, marker=mark, lw=5, markersize=9), words))
+    for words in sorted(said, key=[*LOOK, NO_DIFFERENCE, ONE_SEED].index):
+        colour, mark = LOOK.get(words, OTHER)
+        key.append((Line2D([], [], color=colour, marker=mark, lw=5, markersize=9), words))
     if any(row.effect and row.effect.unpaired for row in found.rows):
         key.append((Line2D([], [], color=SOFT, lw=1.4), "the same runs unpaired"))
     return key
@@ -222,7 +227,7 @@ def curves(found: Comparison) -> Drawn | None:
     deep = -(-len(metrics) // columns)
     names, looks = found.names, line_looks(found)
     seeds = max(len(arm.runs) for arm in found.arms)
-    with _canvas(1.2 + 4.9 * columns, 1.1 + 5.4 * deep) as figure:
+    with _canvas(8.5 if columns == 1 else 1.2 + 4.9 * columns, 1.1 + 5.4 * deep) as figure:
         axes = figure.subplots(2 * deep, columns, squeeze=False, height_ratios=[3, 2] * deep, sharex=True)
         for place in range(deep * columns):
             above, below = (axes[2 * (place // columns) + half, place % columns] for half in (0, 1))
@@ -263,7 +268,8 @@ def _curve_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) -> No
             continue
         x, (colour, dashes) = steps * runs[0].images_per_step, looks[arm.label]
         axis.plot(x, values.mean(0), color=colour, dashes=dashes, lw=2.4)
-        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+        faint = min(0.18, 0.7 / len(found.arms))  # many bands over each other must not hide the lines
+        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=faint, lw=0)
         drawn.append(values[np.isfinite(values)])
     every = np.concatenate(drawn) if drawn else np.zeros(0)
     if len(every) and every.min() > 0 and every.max() > 5 * every.min():
