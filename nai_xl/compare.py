@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ from nai_xl.report.wording import about, answer, change, interval, markdown, num
 SOURCES = ("experiment", "sweep", "runs")
 EXPERIMENT = "nai_xl"  # in MLflow, as conf/tracker/mlflow.yaml has it
 SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "uri")
+
+
+# what changes neither weights nor samples names no arm
+IGNORED = (*NOT_OF_THE_METHOD, *(key for key in config.VOLATILE if key != "sampling"))
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def _of_sweep(asked: Asked, output_dir: Path) -> Found:
         output_dir = output_dir if "output_dir" in asked.settings else Path(cfg.output_dir)
     paths = sweep_directories(output_dir, name)
     configs = {path.name: _config(path) for path in paths}
-    runs = [read_directory(path, config.flat(configs[path.name]), name) for path in paths]
+    runs = [read_directory(path, _flat(path, configs[path.name]), name) for path in paths]
     return Found(runs, _question(configs[paths[-1].name], name), output_dir, configs)
 
 
@@ -130,9 +135,9 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Found:
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; name runs such as outputs/NAME, or say sweep=NAME")
     configs = {path.name: _config(path) for path in paths}
-    runs = [read_directory(path, config.flat(configs[path.name])) for path in paths]
+    runs = [read_directory(path, _flat(path, configs[path.name])) for path in paths]
     if not all(run.arm for run in runs) or len({tuple(run.arm) for run in runs}) > 1:
-        runs = named_by_differences(runs, NOT_OF_THE_METHOD)
+        runs = named_by_differences(runs, IGNORED)
     question = replace(_question(configs[paths[0].name], "runs"), baseline=runs[0].label)
     return Found(runs, question, Path(output_dir or paths[0].absolute().parent), configs)
 
@@ -147,13 +152,14 @@ def _in_mlflow(asked: Asked, output_dir: Path) -> Found:
         path = output_dir / str(one.info.run_name)
         if (path / "metrics.jsonl").is_file():
             configs[path.name] = _config(path)
-            runs.append(read_directory(path, config.flat(configs[path.name])))
+            runs.append(read_directory(path, _flat(path, configs[path.name])))
         else:
             runs.append(read_mlflow(client, one))
     sweeps = {one.data.tags.get("sweep") for one in selected}
     name = sweeps.pop() if len(sweeps) == 1 else None
     question = _question(next(iter(configs.values()), OmegaConf.create({})), name or "runs")
-    return Found(varied_only(runs), question, output_dir, configs)
+    named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, IGNORED)
+    return Found(named, question, output_dir, configs)
 
 
 def _config(path: Path) -> DictConfig:
@@ -162,6 +168,14 @@ def _config(path: Path) -> DictConfig:
     loaded = OmegaConf.load(file) if file.is_file() else OmegaConf.create({})
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+def _flat(path: Path, cfg: DictConfig) -> dict[str, Any]:
+    """The config's leaves after the choices of groups, which a run notes beside its config."""
+    file = path / "params.json"
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = {**noted.get("tags", {}), **noted.get("params", {})}
+    return {**{group: known[group] for group in config.groups() if group in known}, **config.flat(cfg)}
 
 
 def _question(cfg: DictConfig, name: str) -> Question:
@@ -199,21 +213,20 @@ def draw(found: Comparison, configs: Mapping[str, DictConfig]) -> dict[str, tupl
 
 
 def weights(found: Comparison, configs: Mapping[str, DictConfig]) -> Drawn | None:
-    """The arms' schedules and weights overlaid; None where arms do not differ in them or their configs are not here."""
+    """The arms' schedules and weights overlaid, as far as their configs are here; None where they do not differ."""
     names = found.names
     tables: dict[str, Diagnosis] = {}
     for arm in found.arms:
         run = arm.first
         if run is None or not configs.get(run.name):
-            return None
+            continue
         cfg = configs[run.name]
         parts = [key for key in cfg if key in config.groups() or key == "plugins"]
         try:
             tables[names[arm.label]] = diagnose(inspect.build_objective(OmegaConf.masked_copy(cfg, parts)))
         except UserError:
-            return None  # an arm that was refused, or a plug-in that is not installed here
-    first, *rest = tables.values()
-    if all(_alike(first, other) for other in rest):
+            continue  # an arm that was refused, or a plug-in that is not installed here
+    if all(_alike(one, other) for one, other in pairwise(tables.values())):
         return None
     image = plots.method([plots.Arm(table, name) for name, table in tables.items()], "", plots.Legend("arm"))
     png = BytesIO()

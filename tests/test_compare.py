@@ -17,10 +17,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from nai_xl import compare
+from nai_xl.errors import UserError
 from nai_xl.report import evaluate, figures
 from nai_xl.report.comparison import Comparison, Question, Row, group
 from nai_xl.report.comparison import compare as compared
 from nai_xl.report.evaluate import Prompt, contact_sheet
+from nai_xl.report.mlflow_delivery import Progress
 from nai_xl.report.runs import Run, read_directory
 from nai_xl.report.wording import answer, markdown, remarks
 from nai_xl.types import Bucket
@@ -303,6 +305,11 @@ def test_runs_outside_of_a_sweep_are_named_by_what_differs(told: Command, tmp_pa
             (path / "arm.json").unlink()
     out = told(*(str(tmp_path / f"{rate}-{seed}") for rate in ("0.001", "0.002") for seed in (0, 1)))
     assert re.search(r"lr=0.001 +baseline", out) and "lr=0.002" in out and "seeds 0, 1" in out
+    for path in tmp_path.glob("0.00*"):  # now with the choices that a run notes: the same rate is one option's default
+        choices = {"optimizer": "slow" if path.name.startswith("0.001") else "fast", "loss": "minsnr"}
+        (path / "params.json").write_text(json.dumps({"params": {**choices, "optimizer.lr": 1}, "tags": {}}))
+    out = told(*(str(tmp_path / f"{rate}-{seed}") for rate in ("0.001", "0.002") for seed in (0, 1)))
+    assert re.search(r"slow +baseline", out) and "fast" in out and "lr=" not in out
     assert (tmp_path / "compare-runs" / "report.html").is_file()
 
 
@@ -356,6 +363,32 @@ def test_runs_whose_directories_are_elsewhere_come_from_mlflow(told: Command, tm
     assert re.search(r"minsnr +better", out) and (tmp_path / "compare-far" / "report.html").is_file()
     assert "selects no run" in told("runs=tags.sweep = 'none'", f"uri={uri}", status=1)
     assert "MLflow at" in told("runs=tags.sweep is odd", f"uri={uri}", status=1)
+
+
+def test_the_report_goes_where_the_arms_are(
+    found: Comparison, outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare.log(found, []) == ""  # the arms are in no MLflow
+    calls: list[tuple[object, ...]] = []
+
+    def log_summary(*given: object, uri: str, experiment: str) -> str:
+        calls.append((*given, uri, experiment))
+        if len(calls) > 1:
+            raise UserError("the store does not answer")
+        return "http://page"
+
+    monkeypatch.setattr(compare, "log_summary", log_summary)
+    note = outputs / "uniform-1" / "mlflow.json"
+    Progress("sqlite:///far.db", "mine", "token", run_id="1").write(note.parent)
+    try:
+        assert compare.log(found, [tmp_path]) == "MLflow: http://page"
+        assert compare.log(found, [tmp_path]) == "not in MLflow: the store does not answer"
+    finally:
+        note.unlink()
+    name, question, files, metrics, *where = calls[0]
+    assert (name, question, files, where) == ("losses", QUESTION, [tmp_path], ["sqlite:///far.db", "mine"])
+    assert isinstance(metrics, dict) and metrics["val/loss/minsnr"] == pytest.approx(-0.05, abs=0.01)
+    assert len(metrics) == 6 and metrics["val/loss/edm"] == 0
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

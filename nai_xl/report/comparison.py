@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean, median
 
@@ -326,7 +326,7 @@ def judged(rows: Sequence[Row]) -> list[Row]:
             continue
         p = adjusted.get(id(row))
         words = verdict(row.metric, row.effect.difference, p)
-        done.append(Row(**{**row.__dict__, "p_holm": p, "verdict": words}))
+        done.append(replace(row, p_holm=p, verdict=words))
     return done
 
 

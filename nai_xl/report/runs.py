@@ -21,7 +21,9 @@ Curve = Mapping[int, float]  # step -> value
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed. `arm`: the swept keys' values, without the seed; `config`: 'optimizer.lr' -> 1e-3."""
+    """One arm with one seed. `arm`: the swept keys' values, without the seed; `config`: 'loss' -> minsnr, where that is
+    known, and 'optimizer.lr' -> 1e-3.
+    """
 
     name: str
     arm: Mapping[str, str]
@@ -131,13 +133,20 @@ def sweep_directories(output_dir: Path, sweep: str) -> list[Path]:
 
 def named_by_differences(runs: Sequence[Run], ignored: tuple[str, ...]) -> list[Run]:
     """Runs outside of any sweep as arms: each is named by the config's values that are not the same in all of them,
-    less the keys that begin with one of `ignored` or repeat the seed. Runs that differ in these only are one arm with
-    several seeds.
+    less the keys that begin with one of `ignored`, repeat the seed, or follow from the choice of their group. Runs that
+    differ in these only are one arm with several seeds.
     """
     seeds = [run.seed for run in runs]
     keys = [key for key in different_keys([run.config for run in runs]) if not key.startswith(ignored)]
     keys = [key for key in keys if [run.config.get(key) for run in runs] != seeds]
+    keys = [key for key in keys if not _follows(key, key.split(".")[0], keys, runs)]
     return [replace(run, arm={key: word(run.config.get(key)) for key in keys}) for run in runs]
+
+
+def _follows(key: str, group: str, keys: Sequence[str], runs: Sequence[Run]) -> bool:
+    """Whether the choice of its group, which is among `keys` itself, tells the value of `key` in all of these runs."""
+    pairs = {(word(run.config.get(group)), word(run.config.get(key))) for run in runs}
+    return group != key and group in keys and len(pairs) == len({choice for choice, _ in pairs})
 
 
 def different_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
