@@ -72,7 +72,7 @@ def page(found: Comparison, figures: Mapping[str, tuple[Drawn, str]]) -> str:
     """The whole document. `figures`: name -> figure and the sentence below it, in the order of the page; those whose
     name begins with "samples" after the first are folded away.
     """
-    title = found.asked.question or f"What differs in {found.asked.name}?"
+    title = found.asked.question or f"{found.asked.name}: which arm is better?"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="about">{escape(about(found))}</p>',
