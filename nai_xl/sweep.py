@@ -205,7 +205,10 @@ class Watching:
     def _told_by_its_end(self, member: Member, running: Running, code: int) -> None:
         """Record what became of an arm whose process could not do it."""
         status: Status = "STOPPED" if running.asked else "FAILED"
-        member.status, member.error = status, None if running.asked else why(code, running.task.log)
+        member.status, member.error = (
+            status,
+            None if running.asked else why(code, tail(running.task.log, running.log_began)),
+        )
         run = member.cfg.run
         member.note.reached(last_step(member.path), run.batch_size * run.grad_accum * member.processes)
         member.note.began = running.began
@@ -215,7 +218,7 @@ class Watching:
         if self.stop.asked and running and not self.told:
             self.told = True
             self.board.say("stopping: the arms under way save their state; Ctrl-C again ends them at once")
-        self.board.watch([(self.due[one.number].name, one.seconds, one.task.log) for one in running])
+        self.board.watch([(self.due[o.number].name, o.seconds, o.task.log, o.log_began) for o in running])
 
     def _say(self, member: Member, words: str) -> None:
         self.board.say(f"[{self.members.index(member) + 1}/{len(self.members)}] {member.name}: {words}")
@@ -256,11 +259,11 @@ def hydra_flags(master: DictConfig) -> list[str]:
     return flags + [override for override in hydra.overrides.hydra if not override.startswith(SWEEP_ONLY)]
 
 
-def why(code: int, log: Path) -> str:
-    """Why a process ended that could not tell itself: its signal, or the last error in its log."""
+def why(code: int, log: str) -> str:
+    """Why a process ended that could not tell itself: its signal, or the last error in its output."""
     if code < 0:
         return f"killed by signal {-code}"
-    lines = [line.strip() for line in tail(log).splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     killed = [found[1] for line in lines if (found := re.match(WORKER_KILLED, line))]
     if killed:
         return f"killed by signal {killed[-1]}"

@@ -33,6 +33,7 @@ class Running:
     task: Task
     slot: int
     process: subprocess.Popen[bytes]
+    log_began: int  # the log's length when this process began
     began: float = field(default_factory=time.monotonic)
     asked: bool = False
 
@@ -94,7 +95,7 @@ def run_all(
             while waiting and free and not stop.asked:
                 number, task = waiting.popleft()
                 slot = free.popleft()
-                running.append(Running(number, task, slot, _start(task, environments[slot])))
+                running.append(_start(number, task, slot, environments[slot]))
                 begun(running[-1])
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
@@ -112,11 +113,12 @@ def run_all(
     return len(tasks) - len(waiting)
 
 
-def _start(task: Task, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(number: int, task: Task, slot: int, environment: Mapping[str, str]) -> Running:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("ab") as log:
+        length = log.seek(0, os.SEEK_END)
         # a session of its own: a terminal's Ctrl-C reaches every process of ours, and this one would be asked twice
-        return subprocess.Popen(
+        process = subprocess.Popen(
             task.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -124,3 +126,4 @@ def _start(task: Task, environment: Mapping[str, str]) -> subprocess.Popen[bytes
             env={**os.environ, **environment},
             start_new_session=True,
         )
+        return Running(number, task, slot, process, length)

@@ -50,10 +50,10 @@ class Board:
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
 
-    def watch(self, running: Sequence[tuple[str, float, Path]]) -> None:
-        """Show the arms under way: name, seconds, log."""
+    def watch(self, running: Sequence[tuple[str, float, Path, int]]) -> None:
+        """Show the arms under way: name, seconds, log, the log's length when they began."""
         if self.live:
-            lines = [f"{spent(seconds)}  {name}  {last_words(log)}" for name, seconds, log in running]
+            lines = [f"{spent(seconds)}  {name}  {last_words(log, since)}" for name, seconds, log, since in running]
             self.live.update(Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines)), refresh=True)
 
 
@@ -63,17 +63,17 @@ def spent(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
 
 
-def last_words(log: Path) -> str:
+def last_words(log: Path, since: int) -> str:
     """The last line of a log, or the last state of a progress bar in it."""
-    pieces = [piece.strip() for piece in re.split(r"[\r\n]", tail(log)) if piece.strip()]
+    pieces = [piece.strip() for piece in re.split(r"[\r\n]", tail(log, since)) if piece.strip()]
     return pieces[-1] if pieces else ""
 
 
-def tail(log: Path, size: int = 4000) -> str:
-    """The last `size` bytes of a file; '' for none."""
+def tail(log: Path, since: int = 0, size: int = 4000) -> str:
+    """The last `size` bytes of a file, or less if fewer were written after byte `since`; '' for no file."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - size))
+            file.seek(max(since, log.stat().st_size - size))
             return file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
