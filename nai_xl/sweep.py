@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -97,10 +97,9 @@ class Member:
 
 @dataclass
 class Sweep:
-    """The sweeps of one command. `program` trains an arm; `prepare` raises UserError for one that cannot be trained."""
+    """The sweeps of one command. `program` is the module that trains an arm."""
 
     program: str
-    prepare: Callable[[DictConfig, dict[str, str]], object]
     members: list[Member] = field(default_factory=list)
 
     def launch(self, master: DictConfig, composed: Sequence[DictConfig]) -> list[float | UserError | None]:
@@ -143,7 +142,9 @@ class Sweep:
         """The table of all arms so far; nothing outside of a sweep."""
         members, self.members = self.members, []
         if members:
-            print_table([member.row() for member in members])
+            asked = members[0].cfg.sweep
+            title = f"sweep {asked.name}" + (f": {asked.question}" if asked.question else "")
+            print_table(title, [member.row() for member in members])
 
     def _member(self, master: DictConfig, composed: DictConfig, settings: SweepSettings, gpus: int) -> Member:
         """The arm, finished or refused already where it is."""
@@ -157,8 +158,7 @@ class Sweep:
             member.status = "FINISHED"
             return member
         try:
-            config.check(cfg)
-            self.prepare(cfg, choices)
+            config.check(cfg)  # names and types; what else is wrong is told by the arm, which may end as it likes
             member.processes = settings.processes_of(cfg, gpus)
         except UserError as error:
             member.status, member.error = "FAILED", one_line(error)

@@ -392,7 +392,7 @@ def main_job(cfg: DictConfig, choices: dict[str, str]) -> float | None:
     return objective(job.home.path)
 
 
-main = config.entry_point(main_job, sweep=Sweep("nai_xl.train", Job))
+main = config.entry_point(main_job, sweep=Sweep("nai_xl.train"))
 
 if __name__ == "__main__":
     main()

@@ -91,7 +91,10 @@ def test_a_sweep_trains_every_combination_and_a_bad_arm_spares_the_others(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.count("error: parameterization=epsilon is undefined") == 2
+    told = capsys.readouterr()
+    assert told.out.count("FAILED parameterization=epsilon,") == 2
+    assert told.out.count(": parameterization=epsilon is undefined") == 4  # when it ends, and in the table's remarks
+    assert "error: 2 of 4 arms failed" in told.err
     assert len(list((tmp_path / "outputs").glob("tiny-ztsnr-v-*/pipeline"))) == 2
 
 

@@ -51,8 +51,10 @@ class Arm:
 
 
 def label(arm: Mapping[str, Any]) -> str:
-    """'schedule=ztsnr,loss=minsnr'."""
-    return ",".join(f"{key}={value}" for key, value in arm.items())
+    """'schedule=ztsnr,loss=minsnr'; a number that a search drew in six digits."""
+    return ",".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in arm.items()
+    )
 
 
 def read_arm(run_dir: Path) -> Arm | None:

@@ -105,7 +105,7 @@ def run_all(
                 for one in running:
                     one.interrupt()
             watch(running)
-            time.sleep(0.1)
+            time.sleep(0.2)
     finally:  # nothing is left then but after an interruption
         for one in running:
             one.kill()

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,7 +30,7 @@ class Row:
 
 
 class Board:
-    """On a terminal, the last line that each running arm wrote; elsewhere only what begins and ends."""
+    """On a terminal also how far each running arm is; elsewhere only what begins and ends."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
@@ -53,7 +52,7 @@ class Board:
     def watch(self, running: Sequence[tuple[str, float, Path, int]]) -> None:
         """Show the arms under way: name, seconds, log, the log's length when they began."""
         if self.live:
-            lines = [f"{spent(seconds)}  {name}  {last_words(log, since)}" for name, seconds, log, since in running]
+            lines = [f"{spent(seconds)}  {name}  {progress(tail(log, since))}" for name, seconds, log, since in running]
             self.live.update(Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines)), refresh=True)
 
 
@@ -63,10 +62,10 @@ def spent(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
 
 
-def last_words(log: Path, since: int) -> str:
-    """The last line of a log, or the last state of a progress bar in it."""
-    pieces = [piece.strip() for piece in re.split(r"[\r\n]", tail(log, since)) if piece.strip()]
-    return pieces[-1] if pieces else ""
+def progress(log: str) -> str:
+    """The last state of the last progress bar in a program's output."""
+    bars = [piece.strip() for piece in re.split(r"[\r\n]", log) if re.search(r"\d%\s*\|", piece)]
+    return bars[-1] if bars else "starts"
 
 
 def tail(log: Path, since: int = 0, size: int = 4000) -> str:
@@ -79,9 +78,9 @@ def tail(log: Path, since: int = 0, size: int = 4000) -> str:
         return ""
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(title: str, rows: Sequence[Row]) -> None:
     """All arms, at the table's natural width, then what to do about those that failed."""
-    made = Table(box=None, padding=(0, 1), title="sweep", title_justify="left", title_style="bold")
+    made = Table(box=None, padding=(0, 1), title=title, title_justify="left", title_style="bold")
     made.add_column("arm", style="cyan", no_wrap=True)
     made.add_column("status", no_wrap=True)
     for heading in ("steps", "time", "train/loss"):
@@ -93,8 +92,7 @@ def print_table(rows: Sequence[Row]) -> None:
         time = spent(row.seconds) if row.seconds else ""
         made.add_row(row.arm, status, f"{row.steps or ''}", time, loss, str(row.path))
     width = Console(width=1000).measure(made).maximum
-    console: Any = Console(highlight=False, width=width)
-    console.print(made)
+    Console(highlight=False, width=max(width, len(title))).print(made)
     plain = Console(highlight=False, soft_wrap=True)
     for row in rows:
         if row.status == "FAILED":
