@@ -27,7 +27,7 @@ from nai_xl.errors import UserError, one_line
 from nai_xl.report.board import Board, Row, print_table, tail
 
 Count = Annotated[int, Field(ge=1)]
-WORKER_KILLED = r"exitcode\s*:\s*-(\d+)"  # in torchrun's report of a worker's end
+WORKER_ENDED = re.compile(r"exitcode\s*:\s*(-?\d+)")  # in torchrun's report, the first cause last
 # of Hydra's own overrides, those that are the sweep's and not its arms'
 SWEEP_ONLY = ("hydra.mode=", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.")
 
@@ -261,12 +261,11 @@ def hydra_flags(master: DictConfig) -> list[str]:
 
 def why(code: int, log: str) -> str:
     """Why a process ended that could not tell itself: its signal, or the last error in its output."""
-    if code < 0:
-        return f"killed by signal {-code}"
+    workers = WORKER_ENDED.findall(log)
+    cause = int(workers[-1]) if workers else code
+    if cause < 0:
+        return f"killed by signal {-cause}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    killed = [found[1] for line in lines if (found := re.match(WORKER_KILLED, line))]
-    if killed:
-        return f"killed by signal {killed[-1]}"
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return [*lines, *errors][-1].removeprefix("error: ") if lines else f"exit status {code}"
 

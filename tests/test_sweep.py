@@ -327,7 +327,12 @@ def test_a_second_interruption_ends_tasks_and_their_children_at_once(tmp_path: P
         (-11, "whatever", "killed by signal 11"),
         (1, "Traceback:\n  File x\nRuntimeError: no\nlater words\n", "RuntimeError: no"),
         (1, "error: data.dir=x: no such folder\n", "data.dir=x: no such folder"),
-        (1, "  exitcode  : -9 (pid: 7)\ntorch.distributed.elastic.ChildFailedError: \n", "killed by signal 9"),
+        (
+            1,
+            "torch.ChildFailedError:\n exitcode  : -15 (pid: 6)\nRoot Cause\n exitcode  : -9 (pid: 7)\n",
+            "killed by signal 9",
+        ),
+        (1, "ValueError: no\n exitcode  : -15 (pid: 6)\nRoot Cause\n  exitcode  : 1 (pid: 7)\n", "ValueError: no"),
         (3, "the last words\n\n", "the last words"),
         (3, "", "exit status 3"),
     ],
