@@ -205,10 +205,8 @@ class Watching:
     def _told_by_its_end(self, member: Member, running: Running, code: int) -> None:
         """Record what became of an arm whose process could not do it."""
         status: Status = "STOPPED" if running.asked else "FAILED"
-        member.status, member.error = (
-            status,
-            None if running.asked else why(code, tail(running.task.log, running.log_began)),
-        )
+        reason = None if running.asked else why(code, tail(running.task.log, running.log_began))
+        member.status, member.error = status, reason
         run = member.cfg.run
         member.note.reached(last_step(member.path), run.batch_size * run.grad_accum * member.processes)
         member.note.began = running.began
