@@ -54,9 +54,9 @@ class Draws:
         """An index in 0..count-1, such as the crop and flip of an image."""
         return int(self.uniform(purpose) * count)
 
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal float32 of `shape`, made on the CPU."""
-        return torch.randn(tuple(shape), generator=generator(self.seed, self.position, "noise"))
+    def noise(self, shape: Sequence[int], purpose: str = "noise", *, out: Tensor | None = None) -> Tensor:
+        """Standard normal float32 of `shape`, made on the CPU; with `out`, the same numbers written there."""
+        return torch.randn(tuple(shape), generator=generator(self.seed, self.position, purpose), out=out)
 
 
 def draws(seed: int, position: int) -> Draws:

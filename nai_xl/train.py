@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from nai_xl import config
 from nai_xl.data.cache import write_atomically
@@ -242,7 +243,7 @@ class Job:
         if start == 0 and accelerator.is_main_process:
             tracker.figure("method", 0, plots.method([plots.Arm(diagnose(self.objective))], headline(self.choices)))
         read = batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
-        self._warm_up(unet, encoded, read.dataset[0, 0], tracker, start)
+        self._warm_up(unet, encoded, read, tracker, start)
         profiler = self._profiler(tracker, steps - start)
         self.screen.begin(start, steps)
         parts = Training(
@@ -265,11 +266,13 @@ class Job:
         self.note.reached(step, self.settings.images_per_step(self.accelerator.num_processes))
         self.screen.report(step, values)
 
-    def _warm_up(self, unet: Any, encoded: Encoded, sample: Batch, tracker: Tracker, start: int) -> None:
+    def _warm_up(self, unet: Any, encoded: Encoded, read: DataLoader[Batch], tracker: Tracker, start: int) -> None:
         """Let actions that compile do so before the clock starts."""
         if any(getattr(action, "warms", False) for action in self.memory):
             buckets = {ref.placement.bucket for refs in encoded.latents for ref in refs}
-            seconds = warm_up(self.objective, unet, self.accelerator, sample, buckets, self.settings.batch_size)
+            seconds = warm_up(
+                self.objective, unet, self.accelerator, read.dataset[0, 0], buckets, self.settings.batch_size
+            )
             self.screen.say(f"compiled for {len(buckets)} bucket shapes in {seconds:.0f} s")
             tracker.log(start + 1, {"perf/compile_seconds": seconds})  # trackers know no step 0
 

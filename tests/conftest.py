@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from nai_xl import config
+from nai_xl.types import Batch
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they bring
 
@@ -60,3 +61,8 @@ def small(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         return cfg
 
     return compose
+
+
+def joined(samples: list[Batch]) -> Batch:
+    """One Batch of all samples, which share a bucket and so every shape."""
+    return Batch(**{name: torch.cat([getattr(s, name) for s in samples]) for name in Batch.__dataclass_fields__})

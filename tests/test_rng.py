@@ -136,3 +136,13 @@ def test_a_mean_over_a_block_varies_far_less_than_of_independent_draws() -> None
 def test_the_largest_stratified_draw_is_still_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Draws, "u", 1 - 2.0**-53)
     assert max(draws(0, place).stratified_u(256) for place in range(256)) == 1 - 2.0**-53
+
+
+@few
+@given(seed=SEEDS, position=POSITIONS, shape=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_noise_written_in_place_is_the_same_noise(seed: int, position: int, shape: list[int]) -> None:
+    rows = torch.empty(3, *shape)  # rows that are not aligned to a vector register as a tensor of its own would be
+    for row in rows:
+        assert draws(seed, position).noise(shape, out=row) is row
+        assert torch.equal(row, draws(seed, position).noise(shape))
+    assert torch.equal(rows[0], torch.randn(shape, generator=generator(seed, position, "noise")))

@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from nai_xl.data.tensor_file import is_whole, read_tensors
 from nai_xl.errors import UserError
 
 
@@ -48,7 +50,7 @@ class DiskCache:
     dir: Path | None = None  # default: in the user's cache directory
     shared = True
 
-    @property
+    @cached_property
     def root(self) -> Path:
         return self.dir or user_cache() / "encoded"
 
@@ -58,22 +60,21 @@ class DiskCache:
         except OSError as error:
             raise UserError(f"cache.dir={self.root} cannot be written ({error.strerror}); set cache.dir=DIR") from error
 
-    def _path(self, key: str) -> Path:
-        return self.root / key[:2] / f"{key}.safetensors"
+    def _file(self, key: str) -> str:
+        return f"{self.root}/{key[:2]}/{key}.safetensors"
 
     def __contains__(self, key: str) -> bool:
         try:
-            with safe_open(self._path(key), framework="pt"):  # compares the file's length with its header
-                return True
-        except (FileNotFoundError, SafetensorError):
+            return is_whole(self._file(key))
+        except FileNotFoundError:
             return False
         except OSError as error:
             raise self._unreadable(error) from error
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         try:
-            return load_file(self._path(key))
-        except (FileNotFoundError, SafetensorError):
+            return read_tensors(self._file(key))
+        except FileNotFoundError:
             return None
         except OSError as error:
             raise self._unreadable(error) from error
@@ -84,7 +85,7 @@ class DiskCache:
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
-            write_atomically(self._path(key), lambda path: save_file(whole, path))
+            write_atomically(Path(self._file(key)), lambda path: save_file(whole, path))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cache.dir={self.root}: cannot write ({error}); free space or set cache.dir=DIR"

@@ -9,14 +9,17 @@ import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from nai_xl.data.remembered import Remembered, remembered
 from nai_xl.errors import UserError, one_line
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+PART = 64  # files that a thread reads at a time
 # struct.error: Pillow, on some damaged EXIF
 UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error)
 
@@ -79,49 +82,66 @@ def open_rgb(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _seen_size(path: Path) -> tuple[int, int]:
-    """Width and height after EXIF rotation, from the header alone."""
-    with Image.open(path) as file:
-        turned = file.getexif().get(0x0112) in (5, 6, 7, 8)
-        return (file.height, file.width) if turned else file.size
+def _picture(file: str) -> str:
+    """Width and height after EXIF rotation, from the header alone, and the content's hash."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        size = (image.height, image.width) if turned else image.size
+    return f"{size[0]} {size[1]} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
 
 
-def _read_item(path: Path, min_side: int) -> Item | Skipped:
-    text = path.with_suffix(".txt")
+def _caption(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8-sig").strip()  # Windows editors begin with a mark
+
+
+def _read_item(file: str, min_side: int, known: Remembered) -> Item | Skipped:
+    path, text = Path(file), file[: file.rindex(".")] + ".txt"
     try:
-        caption = text.read_text(encoding="utf-8-sig").strip()  # Windows editors begin with a mark
+        caption = known.facts(text, _caption)
     except FileNotFoundError:
-        return Skipped(path, f"no caption file {text.name}")
+        return Skipped(path, f"no caption file {Path(text).name}")
     except UnicodeDecodeError:
-        return Skipped(path, f"caption file {text.name} is not UTF-8")
+        return Skipped(path, f"caption file {Path(text).name} is not UTF-8")
     except OSError as error:
-        return Skipped(path, f"caption file {text.name} cannot be read: {one_line(error)}")
+        return Skipped(path, f"caption file {Path(text).name} cannot be read: {one_line(error)}")
     try:
-        size = _seen_size(path)
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        width, height, content = known.facts(file, _picture).split()
     except UNREADABLE as error:
         return Skipped(path, f"not a readable image: {one_line(error)}")
+    size = int(width), int(height)
     if min(size) < min_side:
-        return Skipped(path, f"{size[0]}x{size[1]} pixels; data.min_side is {min_side}")
+        return Skipped(path, f"{width}x{height} pixels; data.min_side is {min_side}")
     return Item(path, caption, size, content)
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def _image_files(folder: Path) -> Iterator[str]:
     for directory, names, files in os.walk(folder):
         names.sort()
-        yield from (Path(directory, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+        for name in sorted(files):
+            stem, _, suffix = name.rpartition(".")
+            if stem and suffix.lower() in SUFFIXES:
+                yield os.path.join(directory, name)  # noqa: PTH118 - a Path each costs as much as the scan
 
 
 def scan(folder: Path, *, min_side: int) -> Index:
-    """Read every image's header and caption below `folder`. Raises UserError when nothing usable is there."""
-    paths = list(_image_files(folder))
-    if not paths:
+    """Every image below `folder` with its caption. What an earlier scan read and is unchanged is not opened again.
+
+    Raises UserError when nothing usable is there.
+    """
+    files = list(_image_files(folder))
+    if not files:
         raise UserError(
             f"data.dir={folder}: no images (jpg, png, webp) in this folder. Set data.dir to a folder of images, each "
             "with a caption in a .txt file of the same name."
         )
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda path: _read_item(path, min_side), paths))
+    known = remembered(folder)
+    with ThreadPoolExecutor() as pool:  # in parts: a task each would cost more than looking at an unchanged file
+        parts = pool.map(
+            lambda part: [_read_item(file, min_side, known) for file in part],
+            (files[start : start + PART] for start in range(0, len(files), PART)),
+        )
+        found = list(chain.from_iterable(parts))
+    known.keep()
     # by content, so that a renamed file does not change which image stands where in the run
     items = sorted((x for x in found if isinstance(x, Item)), key=lambda item: (item.content, item.caption))
     index = Index(items, [x for x in found if isinstance(x, Skipped)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -73,33 +74,41 @@ class PositionDataset(Dataset[Batch]):
         self.noise = noise or TrainingNoise()
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
-        position, number = where
-        draw = draws(self.seed, position)
-        item = self.encoded.index.items[number]
-        refs = self.encoded.latents[number]
-        ref = refs[draw.choice("placement", len(refs))]
-        context, pooled = self.encoded.condition(self.captions.pick(item.caption, draw))
-        u = draw.stratified_u(self.strata) if self.strata else draw.u
-        raw = self.encoded.read(ref.key)["latents"].float()
-        latents = (raw - self.encoded.mean) / self.encoded.std
-        noise, perturbation = self.noise(draw, latents.shape)
+        """A Batch of one sample."""
+        return self.__getitems__([where])
+
+    def __getitems__(self, where: Sequence[tuple[int, int]]) -> Batch:
+        """The Batch of B samples that share a bucket, made at once: what the loader asks for.
+
+        Raises UserError if a cache entry has gone.
+        """
+        encoded = self.encoded
+        positions, numbers = zip(*where, strict=True)
+        samples = [draws(self.seed, position) for position in positions]
+        items = [encoded.index.items[number] for number in numbers]
+        rows = [encoded.latents[number] for number in numbers]
+        refs = [row[draw.choice("placement", len(row))] for draw, row in zip(samples, rows, strict=True)]
+        texts = [self.captions.pick(item.caption, draw) for draw, item in zip(samples, items, strict=True)]
+        conditions = [encoded.condition(text) for text in texts]
+        raw = torch.stack([encoded.read(ref.key)["latents"] for ref in refs]).float()
+        noise, perturbation = self.noise(samples, raw.shape[1:])
         return Batch(
-            latents=latents[None],
-            context=context[None],
-            pooled=pooled[None],
-            time_ids=torch.tensor([ref.placement.time_ids(item.size)]),
-            weight=self.encoded.weights[number : number + 1],
-            position=torch.tensor([position]),
-            item=torch.tensor([number]),
-            u=torch.tensor([u], dtype=torch.float64),
-            noise=noise[None],
-            perturbation=perturbation[None],
+            latents=(raw - encoded.mean) / encoded.std,
+            context=torch.stack([context for context, _ in conditions]),
+            pooled=torch.stack([pooled for _, pooled in conditions]),
+            time_ids=torch.tensor([ref.placement.time_ids(i.size) for ref, i in zip(refs, items, strict=True)]),
+            weight=encoded.weights[list(numbers)],
+            position=torch.tensor(positions),
+            item=torch.tensor(numbers),
+            u=torch.tensor([d.stratified_u(self.strata) if self.strata else d.u for d in samples], dtype=torch.float64),
+            noise=noise,
+            perturbation=perturbation,
         )
 
 
-def collate(samples: list[Batch]) -> Batch:
-    """One Batch of all samples, which share a bucket and so every shape."""
-    return Batch(**{name: torch.cat([getattr(s, name) for s in samples]) for name in Batch.__dataclass_fields__})
+def _as_it_is(batch: Any) -> Any:
+    """In place of torch's joining of samples: the data set gives whole batches."""
+    return batch
 
 
 class RankBatches:
@@ -118,8 +127,8 @@ class RankBatches:
             for offset in range(0, self.plan.chunk, wide):
                 if first + offset < self.start:
                     continue
-                mine = range(offset + self.rank * self.batch_size, offset + (self.rank + 1) * self.batch_size)
-                yield [(first + i, int(items[i])) for i in mine]
+                begin = offset + self.rank * self.batch_size
+                yield list(enumerate(items[begin : begin + self.batch_size].tolist(), start=first + begin))
 
 
 def batches(
@@ -135,7 +144,7 @@ def batches(
     return DataLoader(
         PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise),
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

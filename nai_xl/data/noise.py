@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.rng import Draws, generator
+from nai_xl.rng import Draws
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,21 @@ class TrainingNoise:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"noise.{name}={getattr(self, name)}: must be 0 (off) or positive, and finite")
 
-    def __call__(self, draw: Draws, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """For latents of `shape` [4,h,w]: the noise [4,h,w], and what x_t has beside it, [4,h,w] or zeros [1,1,1]."""
-        noise = draw.noise(shape)
+    def __call__(self, samples: Sequence[Draws], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """For the latents of B samples, each of `shape` [4,h,w]: the noise [B,4,h,w], and what x_t has beside it,
+        [B,4,h,w] or zeros [B,1,1,1].
+        """
+        noise = _normal(samples, shape, "noise")
         if self.offset:
-            noise = noise + self.offset * _normal(draw, (shape[0], 1, 1), "noise offset")
+            noise = noise + self.offset * _normal(samples, (shape[0], 1, 1), "noise offset")
         if not self.perturbation:
-            return noise, torch.zeros(1, 1, 1)
-        return noise, self.perturbation * _normal(draw, shape, "input perturbation")
+            return noise, torch.zeros(len(samples), 1, 1, 1)
+        return noise, self.perturbation * _normal(samples, shape, "input perturbation")
 
 
-def _normal(draw: Draws, shape: Sequence[int], purpose: str) -> Tensor:
-    return torch.randn(tuple(shape), generator=generator(draw.seed, draw.position, purpose))
+def _normal(samples: Sequence[Draws], shape: Sequence[int], purpose: str) -> Tensor:
+    """[B, *shape], each row a function of its sample's seed and position."""
+    rows = torch.empty(len(samples), *shape)
+    for row, draw in zip(rows, samples, strict=True):
+        draw.noise(shape, purpose, out=row)
+    return rows

@@ -6,6 +6,7 @@ than a chunk is not dropped: the next pass continues it. Every rank derives the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,14 @@ Items = NDArray[np.int64]
 
 def by_bucket(buckets: Sequence[Hashable]) -> list[Items]:
     """The items of each bucket, in the order of the buckets' first items."""
-    items: dict[Hashable, list[int]] = {}
-    for number, bucket in enumerate(buckets):
-        items.setdefault(bucket, []).append(number)
-    return [np.array(numbers) for numbers in items.values()]
+    if not buckets:
+        return []
+    seen: dict[Hashable, int] = {}
+    first = np.fromiter(
+        map(seen.setdefault, buckets, itertools.count()), np.int64, len(buckets)
+    )  # of each item's bucket
+    order = np.argsort(first, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(first[order])) + 1)
 
 
 @dataclass(frozen=True)

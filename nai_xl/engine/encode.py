@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,7 +22,7 @@ from nai_xl.model.latents import Moments, moments
 from nai_xl.model.sdxl import Components, fingerprint
 from nai_xl.model.text import TextEncoding, encode_texts
 from nai_xl.model.vae import encode_pixels, on_canvas, to_pixels
-from nai_xl.types import Bucketing, Cache
+from nai_xl.types import Bucketing, Cache, Placement
 
 VERSION = 2  # raise it whenever this code makes other latents or text conditions from the same input
 T = TypeVar("T")
@@ -38,15 +39,21 @@ class Encoder:
     rank: int = 0
     world: int = 1
 
+    @cached_property
+    def _vae(self) -> str:
+        return fingerprint(self.components.vae)
+
     def latent_refs(self, index: Index, bucketing: Bucketing) -> list[list[LatentRef]]:
         """The cache keys of every placement of every image; nothing is read or encoded."""
-        vae = fingerprint(self.components.vae)
 
-        def ref(item: Item) -> list[LatentRef]:
-            placements = bucketing.placements(*item.size)
-            return [LatentRef(content_key("latent", VERSION, item.content, vae, self.dtype, p), p) for p in placements]
+        @cache  # images of one size are placed alike
+        def places(width: int, height: int) -> list[tuple[Placement, str]]:
+            return [(place, str(place)) for place in bucketing.placements(width, height)]
 
-        return [ref(item) for item in index.items]
+        def key(item: Item, place: str) -> str:
+            return content_key("latent", VERSION, item.content, self._vae, self.dtype, place)
+
+        return [[LatentRef(key(item, name), place) for place, name in places(*item.size)] for item in index.items]
 
     def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]], *, batch: int = 8) -> dict[Path, str]:
         """Encode what the cache lacks. Returns the images that could not be decoded, with the reason."""

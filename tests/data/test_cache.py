@@ -63,6 +63,27 @@ def test_garbage_counts_as_missing(tmp_path: Path) -> None:
     assert cache.get(KEY) is None
 
 
+def test_what_lookup_calls_whole_can_be_read_so_that_encoding_again_mends_every_damage(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path)
+    cache.put(KEY, tensors())
+    path = entry(cache)
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        assert (KEY in cache) == (cache.get(KEY) is not None) == (length == len(whole))
+
+
+def test_an_entry_that_cannot_be_read_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path)
+    cache.put(KEY, tensors())
+    path = entry(cache)
+    path.unlink()
+    path.mkdir()
+    for look in (cache.get, cache.__contains__):
+        with pytest.raises(UserError, match=r"cache\.dir=.*cannot be read.*set cache\.dir=DIR"):
+            look(KEY)
+
+
 def test_failing_write_leaves_no_file_and_keeps_the_old_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, before = DiskCache(tmp_path), tensors()
     cache.put(KEY, before)

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches
+from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.errors import UserError
-from nai_xl.rng import draws
+from nai_xl.rng import draws, generator
 from nai_xl.types import Batch, Bucket, Placement
+from tests.conftest import joined
 
 WIDE, TALL = Bucket(48, 32), Bucket(32, 48)
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1), torch.tensor([2.0, 0.5, 4.0, 1.0]).view(4, 1, 1)
@@ -51,7 +54,8 @@ def take(count: int, *, start: int = 0, batch_size: int = 2, workers: int = 0, c
 
 def assert_same(found: Batch, expected: Batch) -> None:
     for field in fields(Batch):
-        assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+        here, there = getattr(found, field.name), getattr(expected, field.name)
+        assert here.dtype == there.dtype and torch.equal(here, there), field.name
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (1, 2), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2)])
@@ -105,6 +109,68 @@ def test_micro_batch_size_changes_no_sample() -> None:
     for field in fields(Batch):
         parts = [torch.cat([getattr(b, field.name) for b in small[i : i + 4]]) for i in range(0, 16, 4)]
         assert all(torch.equal(a, getattr(b, field.name)) for a, b in zip(parts, large, strict=True)), field.name
+
+
+def one_by_one(data: Encoded, captions: PlainCaptions, noise: TrainingNoise, strata: int | None, at: int) -> Batch:
+    """Position `at` of seed 1, image at % 5 * 2, by the definitions of every field."""
+    draw, number = draws(1, at), at % 5 * 2
+    item, refs = data.index.items[number], data.latents[number]
+    ref = refs[draw.choice("placement", len(refs))]
+    raw, text = data.cache.get(ref.key), data.cache.get(data.texts[captions.pick(item.caption, draw)])
+    assert raw is not None and text is not None
+    latents = (raw["latents"].float() - data.mean) / data.std
+
+    def normal(shape: tuple[int, ...], purpose: str) -> Tensor:
+        return torch.randn(shape, generator=generator(1, at, purpose))
+
+    shape = tuple(latents.shape)
+    drawn = normal(shape, "noise")
+    if noise.offset:
+        drawn = drawn + noise.offset * normal((4, 1, 1), "noise offset")
+    return Batch(
+        latents=latents[None],
+        context=text["context"][None],
+        pooled=text["pooled"][None],
+        time_ids=torch.tensor([ref.placement.time_ids(item.size)]),
+        weight=data.weights[number : number + 1],
+        position=torch.tensor([at]),
+        item=torch.tensor([number]),
+        u=torch.tensor([draw.stratified_u(strata) if strata else draw.u], dtype=torch.float64),
+        noise=drawn[None],
+        perturbation=(
+            noise.perturbation * normal(shape, "input perturbation")[None]
+            if noise.perturbation
+            else torch.zeros(1, 1, 1, 1)
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strata", [None, 4])
+@pytest.mark.parametrize("noise", [TrainingNoise(), TrainingNoise(0.1, 0.2)], ids=["plain", "offset and perturbation"])
+def test_a_batch_made_at_once_equals_its_samples_made_one_by_one(
+    noise: TrainingNoise, strata: int | None, dtype: torch.dtype
+) -> None:
+    data, captions = encoded(), PlainCaptions(0.5)
+    assert isinstance(data.cache, MemoryCache)
+    for entry in data.cache.entries.values():
+        entry.update({name: tensor.to(dtype) for name, tensor in entry.items()})
+    positions = [3, 4, 10, 11, 12, 13, 2**40]
+    expected = joined([one_by_one(data, captions, noise, strata, position) for position in positions])
+    dataset = PositionDataset(data, captions, 1, strata=strata, noise=noise)
+    assert_same(dataset.__getitems__([(p, p % 5 * 2) for p in positions]), expected)
+    assert_same(joined([dataset[p, p % 5 * 2] for p in positions]), expected)
+
+
+def test_making_batches_leaves_the_cache_as_it_is() -> None:
+    data, again = encoded(), encoded()
+    batch = PositionDataset(data, PlainCaptions(0.0), 1).__getitems__([(0, 0), (1, 2)])
+    for field in fields(Batch):
+        getattr(batch, field.name).zero_()
+    assert isinstance(data.cache, MemoryCache) and isinstance(again.cache, MemoryCache)
+    for key, tensors in again.cache.entries.items():
+        assert all(torch.equal(data.cache.entries[key][name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(data.weights, again.weights)
 
 
 def test_sample_depends_on_its_position_and_seed_alone() -> None:

@@ -12,14 +12,13 @@ SHAPE = (4, 6, 5)
 
 
 def many(noise: TrainingNoise, count: int = 3000) -> tuple[Tensor, Tensor]:
-    drawn = [noise(draws(1, position), SHAPE) for position in range(count)]
-    return torch.stack([n for n, _ in drawn]), torch.stack([p for _, p in drawn])
+    return noise([draws(1, position) for position in range(count)], SHAPE)
 
 
 def test_off_by_default_it_is_the_position_s_noise_and_nothing_beside_it() -> None:
-    noise, perturbation = TrainingNoise()(draws(3, 7), SHAPE)
-    assert torch.equal(noise, draws(3, 7).noise(SHAPE))
-    assert perturbation.shape == (1, 1, 1) and not perturbation.any()
+    noise, perturbation = TrainingNoise()([draws(3, 7), draws(3, 9)], SHAPE)
+    assert torch.equal(noise, torch.stack([draws(3, 7).noise(SHAPE), draws(3, 9).noise(SHAPE)]))
+    assert perturbation.shape == (2, 1, 1, 1) and not perturbation.any()
 
 
 def test_offset_is_one_normal_number_a_channel_with_the_stated_variance() -> None:
@@ -46,9 +45,9 @@ def test_perturbation_is_independent_noise_with_the_stated_variance() -> None:
 
 def test_both_depend_on_seed_and_position_alone() -> None:
     option = TrainingNoise(offset=0.1, perturbation=0.1)
-    first, again = option(draws(0, 5), SHAPE), option(draws(0, 5), SHAPE)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in (option(draws(0, 6), SHAPE), option(draws(1, 5), SHAPE)):
+    first, again = option([draws(0, 5)], SHAPE), option([draws(4, 4), draws(0, 5)], SHAPE)
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(first, again, strict=True))
+    for other in (option([draws(0, 6)], SHAPE), option([draws(1, 5)], SHAPE)):
         assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 

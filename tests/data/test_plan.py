@@ -1,6 +1,7 @@
 """The epoch plan: every image equally often, one bucket a chunk, the same from wherever one starts."""
 
 from collections import Counter
+from collections.abc import Hashable
 from itertools import islice
 
 import numpy as np
@@ -27,6 +28,17 @@ def head(p: Plan, chunks: int, position: int = 0) -> list[tuple[int, list[int]]]
 def test_buckets_hold_every_item_once_in_order_of_first_appearance() -> None:
     found = by_bucket(["b", "a", "b", "c", "a", "b"])
     assert [items.tolist() for items in found] == [[0, 2, 5], [1, 4], [3]]
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)) | st.text("ab", max_size=1), max_size=40))
+def test_grouping_equals_its_plain_definition(buckets: list[Hashable]) -> None:
+    expected: dict[Hashable, list[int]] = {}
+    for number, bucket in enumerate(buckets):
+        expected.setdefault(bucket, []).append(number)
+    found = by_bucket(buckets)
+    assert [items.tolist() for items in found] == list(expected.values())
+    assert all(items.dtype == np.int64 for items in found)
 
 
 @few

@@ -44,7 +44,7 @@ def is_attention(option: str) -> bool:
 
 def pairs() -> list[str]:
     """Every two options that may stand together, of those that run here."""
-    able = [option for option in OPTIONS if refusal(option) is None and option not in COMPILED]
+    able = [o for o in OPTIONS if refusal(o) is None and o not in COMPILED and len(actions(f"[{o}]")) == 1]
     return [f"{a},{b}" for a, b in itertools.combinations(able, 2) if not (is_attention(a) and is_attention(b))]
 
 

@@ -1,5 +1,6 @@
 """Fewer bits: what they may change of the loss, what they must not round, and that nothing is left behind."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,9 @@ def example(height: int, width: int) -> dict[str, Any]:
     }
 
 
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
 def loss_and_gradients(unet: Any) -> tuple[float, dict[str, Tensor]]:
     unet.zero_grad()
     target = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(1))
@@ -53,8 +57,9 @@ def assert_close(found: tuple[float, dict[str, Tensor]], expected: tuple[float, 
     assert (ours - theirs).norm() < 4 * by * theirs.norm()
 
 
-@pytest.mark.parametrize("action", [Bf16Weights(), Fp8FeedForward(emulate=True)])
-def test_loss_and_gradients_stay_close_and_names_the_same(action: Any) -> None:
+@pytest.mark.parametrize("make", [Bf16Weights, pytest.param(lambda: Fp8FeedForward(emulate=True), marks=needs_torchao)])
+def test_loss_and_gradients_stay_close_and_names_the_same(make: Callable[[], Any]) -> None:
+    action = make()
     plain, unet = (tiny_sdxl(seed=0).unet.train() for _ in range(2))
     action.apply(unet)
     assert_close(loss_and_gradients(unet), loss_and_gradients(plain), by=action.tolerance)
@@ -181,6 +186,7 @@ def test_trains_close_to_float32(bf16: Compose) -> None:
 # --- float8 feed-forward layers ---------------------------------------------------------------------------------------
 
 
+@needs_torchao
 def test_float8_is_in_feed_forward_layers_alone() -> None:
     unet = tiny_sdxl(seed=0).unet
     names = {name: type(module) for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
@@ -191,6 +197,7 @@ def test_float8_is_in_feed_forward_layers_alone() -> None:
     assert {name: p.dtype for name, p in unet.named_parameters()} == parameters
 
 
+@needs_torchao
 def test_float8_products_are_those_of_rounded_factors() -> None:
     """Against e4m3 by the definition: 3 bits of mantissa, the largest value 448 at the tensor's own largest."""
 
@@ -214,6 +221,7 @@ def test_float8_products_are_those_of_rounded_factors() -> None:
     assert not torch.allclose(linear(x), x @ linear.weight.T, rtol=1e-3)
 
 
+@needs_torchao
 @pytest.mark.parametrize("capability", [None, (8, 0), (8, 6)])
 def test_float8_without_kernels_is_refused(
     capability: tuple[int, int] | None, small: Compose, monkeypatch: pytest.MonkeyPatch
@@ -225,6 +233,7 @@ def test_float8_without_kernels_is_refused(
     Job(small("memory=[fp8_ff]", "memory.fp8_ff.emulate=true"), {})
 
 
+@needs_torchao
 def test_float8_is_built_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(precision, "_capability", lambda: (9, 0))

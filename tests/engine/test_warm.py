@@ -12,7 +12,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from omegaconf import DictConfig
 from torch._dynamo.utils import counters
 
-from nai_xl.data.loader import collate
 from nai_xl.diffusion.loss import min_snr
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import V
@@ -22,6 +21,7 @@ from nai_xl.engine import warm
 from nai_xl.engine.warm import random_batch, warm_up
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.types import Batch, Bucket
+from tests.conftest import joined
 from tests.test_train import losses, run, same_weights
 
 Compose = Callable[..., DictConfig]
@@ -48,7 +48,7 @@ def sample() -> Batch:
 def test_a_random_batch_looks_like_one_of_the_data_set_and_holds_no_zeros(size: int) -> None:
     one = sample()
     found = random_batch(one, Bucket(160, 96), size, torch.Generator().manual_seed(0))
-    expected = collate([one] * size)
+    expected = joined([one] * size)
     for name in Batch.__dataclass_fields__:
         here, there = getattr(found, name), getattr(expected, name)
         assert here.dtype == there.dtype and here.is_contiguous(), name
@@ -88,7 +88,7 @@ def test_weights_gradients_hooks_and_random_state_are_left_alone() -> None:
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: stepped.append(name))
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    warm_up(OBJECTIVE, unet, Accelerator(cpu=True, mixed_precision="no"), collate([_in_float32(sample())]), BUCKETS, 1)
+    warm_up(OBJECTIVE, unet, Accelerator(cpu=True, mixed_precision="no"), joined([_in_float32(sample())]), BUCKETS, 1)
     assert torch.equal(torch.get_rng_state(), state)
     assert not stepped
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in unet.named_parameters())
