@@ -19,14 +19,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
@@ -34,13 +35,14 @@ from nai_xl.errors import UserError, one_line
 
 # a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
 TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
-SETTINGS = ("name", "output_dir", "plugins", "native", "run", "sampling", "objective", "noise", "profile")
+SETTINGS = ("name", "output_dir", "plugins", "native", "run", "sampling", "objective", "noise", "profile", "sweep")
 VOLATILE = (
     "output_dir plugins tracker evals checkpoint distributed cache data.cache native model.config sampling profile "
-    "run.log_every run.checkpoint_every run.keep_checkpoints run.workers ema.device "
+    "sweep run.log_every run.checkpoint_every run.keep_checkpoints run.workers ema.device "
     "memory.gradient_checkpointing memory.offload_activations"  # which change no bit of what is learned
 ).split()
 LENGTH = ("run.max_images", "run.epochs")
+HEADLINE = ("model", "schedule", "parameterization", "loss")  # of a run's default name
 
 
 def conf_dir() -> Path:
@@ -226,6 +228,39 @@ def signature(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(_whole(content), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def run_dir(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
+    """Where this run lies: <output_dir>/<name>-<signature>."""
+    name = cfg.name or "-".join(choices.get(group, group) for group in HEADLINE)
+    return Path(cfg.output_dir) / f"{name}-{signature(cfg)}"
+
+
+def arm(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, Any]:
+    """The values of the keys that a sweep varies, less the seed; {} outside of a sweep.
+
+    `overrides`: those that gave them; None for those of the program that is running.
+    """
+    if overrides is None:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    given = {override.get_key_element().lstrip("+"): override.get_value_element_as_str() for override in parsed}
+    keys = [str(key) for key in cfg.sweep.varied if key != "run.seed"]
+    return {key: _chosen(cfg, key, given.get(key, "")) for key in keys}
+
+
+def _chosen(cfg: DictConfig, key: str, given: str) -> Any:
+    """A setting's value with its type, or the name of a group's option as it was given."""
+    value = OmegaConf.select(cfg, key) if re.fullmatch(r"[\w.]+", key) else None
+    return given if value is None or isinstance(value, DictConfig) else _plain(value)
+
+
+def opened(composed: DictConfig) -> tuple[DictConfig, dict[str, str], list[str]]:
+    """A config composed together with its `hydra` node: without that, its choices, and the overrides that gave it."""
+    cfg = composed.copy()
+    with read_write(cfg), open_dict(cfg):
+        hydra_node = cfg.pop("hydra")
+    return cfg, _choices(cfg, hydra_node.runtime.choices), list(hydra_node.overrides.task)
+
+
 def _whole(value: Any) -> Any:
     """5.0 as 5, everywhere: they are the same setting."""
     if isinstance(value, dict):
@@ -254,36 +289,58 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
 
 # --- entry points -----------------------------------------------------------------------------------------------------
 
-Job = Callable[[DictConfig, dict[str, str]], None]  # config, group -> choice
+Job = Callable[[DictConfig, dict[str, str]], float | None]  # config, group -> choice; what a search minimises
 
 
-def entry_point(job: Job, config_name: str = "train") -> Callable[[], None]:
-    """`job` as a command line program: Hydra composes, `check` looks, mistakes are one message and exit status 1."""
+class SweepOfArms(Protocol):
+    """How a program trains the arms of a sweep in processes of their own, and tells what became of them."""
+
+    def launch(self, master: DictConfig, composed: Sequence[DictConfig]) -> list[float | UserError | None]: ...
+    def tell(self) -> None: ...
+
+
+def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None = None) -> Callable[[], None]:
+    """`job` as a command line program: Hydra composes, `check` looks, mistakes are one message and exit status 1.
+
+    Arms of a --multirun are `sweep`'s to train, unless hydra/launcher is another one; without it, this process's.
+    """
 
     failed: list[UserError] = []
 
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> float | None:
         try:
             check(cfg)
-            job(cfg, _choices(cfg, HydraConfig.get().runtime.choices))
+            return job(cfg, _choices(cfg, HydraConfig.get().runtime.choices))
         except UserError as error:
-            failed.append(error)  # told here, not raised through Hydra: a failed arm must not take the others with it
+            several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not several:
+                raise  # Hydra's launcher goes on with the other arms, and raises it in the end
+            failed.append(error)  # told here, and not by Hydra
             _tell(error)
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if several:
                 sys.exit(1)  # other ranks may not have met it: they would be in another arm than this one
+            return None
+
+    run.sweep = sweep  # type: ignore[attr-defined]  # the launcher, which gets this function, finds it there
 
     def main() -> None:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions through to be told below in one line
+        failed.clear()
         decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(run)
+        mistake: Exception | None = None
+        interrupted = False
         try:
             decorated()
-        except (HydraException, OmegaConfBaseException) as error:
-            _tell(error)
-            sys.exit(1)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            mistake = error
         except KeyboardInterrupt:
-            sys.exit(130)
-        if failed:
-            sys.exit(1)
+            interrupted = True
+        if sweep:
+            sweep.tell()
+        if mistake:
+            _tell(mistake)
+        if interrupted or mistake or failed:
+            sys.exit(130 if interrupted else 1)
 
     return main
 
@@ -381,9 +438,8 @@ def combinations(
             points = list(_points(_grid(own) | grid))
         for number, (swept, point) in enumerate(points):
             cfg = first if number == 0 and not own else compose_all([*extra, *point])
-            with open_dict(cfg):
-                chosen = cfg.pop("hydra").runtime.choices
-            yield swept, _choices(cfg, chosen), cfg
+            cfg, choices, _ = opened(cfg)
+            yield swept, choices, cfg
 
 
 def _grid(overrides: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import Stratified
+from nai_xl.engine.arm import ArmNote, objective
 from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.ema import NoEma
 from nai_xl.engine.encode import Encoder
@@ -55,9 +56,12 @@ from nai_xl.report.metrics import Meter
 from nai_xl.report.profile import NoProfiler, Profiler, Setup
 from nai_xl.report.provenance import git_commit
 from nai_xl.report.tracking import NoTracker
+from nai_xl.sweep import Sweep, arm_of
 from nai_xl.types import Batch, Bucket, Tracker
 
-HEADLINE = ("model", "schedule", "parameterization", "loss")  # of a run's default name
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and has saved its state."""
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Job:
 
     cfg: DictConfig
     choices: Mapping[str, str]
+    arm: Mapping[str, Any] = field(default_factory=dict)  # the values that a sweep gave the keys that it varies
 
     def __post_init__(self) -> None:
         self.build = functools.partial(config.build, plugins=tuple(self.cfg.plugins))
@@ -81,8 +86,8 @@ class Job:
         refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.settings.mixed_precision)
         refuse_two_attentions(self.memory)
         self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
-        name = self.cfg.name or "-".join(self.choices.get(group, group) for group in HEADLINE)
-        self.home = RunDirectory(Path(self.cfg.output_dir) / f"{name}-{config.signature(self.cfg)}")
+        self.home = RunDirectory(config.run_dir(self.cfg, self.choices))
+        self.note = ArmNote(self.home, arm_of(self.cfg, self.arm))
 
     def _several(self, group: str) -> list[Any]:
         """What is chosen of a group of which several options can be. Settings of one that is not are left alone."""
@@ -91,6 +96,10 @@ class Job:
 
     def run(self) -> None:
         """Train, or continue, or say that there is nothing left to do."""
+        with self.note:
+            self._run_or_say()
+
+    def _run_or_say(self) -> None:
         self.home.create()
         self._begin()
         if self.cfg.model.get("path"):
@@ -130,10 +139,13 @@ class Job:
         checkpoints = self.build(self.cfg.checkpoint, dir=self.home.checkpoints, keep=self.settings.keep_checkpoints)
         if checkpoints.latest_step() >= steps and self.home.pipeline.is_dir():
             done = checkpoints.latest_step()
+            self.note.reached(done, self.settings.images_per_step(self.accelerator.num_processes))
             more = f", more than the {steps} asked for; name=NAME begins a shorter one" if done > steps else ""
             self.screen.say(f"finished: this run has {done} steps{more}; a larger run.max_images continues it")
             self._say_where(())
             return
+        if self.accelerator.is_main_process:
+            self.note.begin()
         components: Components = self.build(self.cfg.model)
         encoded = self._encode(index, components)
         if self.accelerator.is_main_process:
@@ -143,11 +155,16 @@ class Job:
         tracker = (
             self.build(self.cfg.tracker, run_dir=self.home.path) if self.accelerator.is_main_process else NoTracker()
         )
-        with tracker, Stop() as stop, process_wide.restored():
-            chosen = {**self.choices, **config.flat(self.cfg), "data_fingerprint": index.fingerprint()}
-            tracker.params(chosen, {"seed": str(self.settings.seed), "git_commit": git_commit()})
-            tracker.artifact(self.home.path / "config.yaml")
-            self._train(components, encoded, checkpoints, tracker, stop, steps)
+        try:
+            with tracker, Stop() as stop, process_wide.restored():
+                chosen = {**self.choices, **config.flat(self.cfg), "data_fingerprint": index.fingerprint()}
+                tracker.params(chosen, {"seed": str(self.settings.seed), "git_commit": git_commit()})
+                tracker.artifact(self.home.path / "config.yaml")
+                self._train(components, encoded, checkpoints, tracker, stop, steps)
+        except Stopped:
+            # torchrun ends all processes soon after the first; the tracker's is done now
+            self.accelerator.wait_for_everyone()
+            raise
         self._say_where(tracker.where())
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -245,17 +262,22 @@ class Job:
         parts = Training(
             accelerator, unet, update, lr, self.objective, ema,
             profiler.watch(on_device(read, accelerator.device)), meter, tracker, checkpoints,
-            functools.partial(self._evaluate, studio), self.screen.report, profiler.step,
+            functools.partial(self._evaluate, studio), self._report, profiler.step,
         )  # fmt: skip
         with profiler:
             reached = train(settings, parts, start=start, steps=steps, stop=stop)
+        self.note.reached(reached, settings.images_per_step(world))
         self.screen.end()
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
-            raise KeyboardInterrupt
+            raise Stopped
         if accelerator.is_main_process:
             self._finish(components, encoded, ema.averages(), tracker)
         accelerator.wait_for_everyone()
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        self.note.reached(step, self.settings.images_per_step(self.accelerator.num_processes))
+        self.screen.report(step, values)
 
     def _warm_up(self, unet: Any, encoded: Encoded, read: DataLoader[Batch], tracker: Tracker, start: int) -> None:
         """Let actions that compile do so before the clock starts."""
@@ -390,13 +412,16 @@ class Job:
         )
 
 
-def main_job(cfg: DictConfig, choices: dict[str, str]) -> None:
+def main_job(cfg: DictConfig, choices: dict[str, str]) -> float | None:
+    """Train; the run's last val/loss, or else train/loss, for a search to minimise."""
     quiet_libraries()
-    Job(cfg, choices).run()
-    gc.collect()  # a sweep's next arm must not find this one's model in memory
+    job = Job(cfg, choices, config.arm(cfg))
+    job.run()
+    gc.collect()  # a sweep's next arm may be trained in this process, and must not find this one's model in memory
+    return objective(job.home.path)
 
 
-main = config.entry_point(main_job)
+main = config.entry_point(main_job, sweep=Sweep("nai_xl.train"))
 
 if __name__ == "__main__":
     main()

@@ -137,13 +137,17 @@ class Bucketing(Protocol):
 
 
 class Cache(Protocol):
-    """Tensors by content key. `get` gives None for what is missing or unreadable. `shared`: other ranks see it too."""
+    """Tensors by content key. `get` gives None for what is missing or unreadable. `shared`: other ranks see it too.
+
+    `alone`: what others do under the same name, in any process that shares the cache, waits meanwhile.
+    """
 
     shared: bool
 
     def __contains__(self, key: str) -> bool: ...
     def get(self, key: str) -> dict[str, Tensor] | None: ...
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def alone(self, name: str) -> AbstractContextManager[None]: ...
 
 
 class Stateful(Protocol):

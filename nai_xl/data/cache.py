@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -88,6 +91,19 @@ class DiskCache:
                 f"cache.dir={self.root}: cannot write ({error}); free space or set cache.dir=DIR"
             ) from error
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        lock = FileLock(str(self.root / f".{name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another run that encodes into {self.root}", file=sys.stderr)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
 
 @dataclass(frozen=True)
 class MemoryCache:
@@ -104,3 +120,6 @@ class MemoryCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         self.entries[key] = dict(tensors)
+
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()

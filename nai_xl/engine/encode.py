@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
@@ -58,10 +59,13 @@ class Encoder:
     def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]]) -> dict[Path, str]:
         """Encode what the cache lacks. Returns the images that could not be decoded, with the reason."""
         jobs = [(item, ref) for item, row in zip(index.items, refs, strict=True) for ref in row]
-        mine = [job for job in self._share(jobs) if job[1].key not in self.cache]
         bad: dict[Path, str] = {}
         vae = self.components.vae.to(self.device)
-        with ThreadPoolExecutor(4) as pool, _bar("latents", len(mine), self.rank) as bar:
+        with (
+            self._missing(jobs, lambda job: job[1].key) as mine,
+            ThreadPoolExecutor(4) as pool,
+            _bar("latents", len(mine), self.rank) as bar,
+        ):
             for group in _by_bucket(mine):
                 canvases = list(pool.map(_canvas, group))
                 whole = [(ref, c) for (_, ref), c in zip(group, canvases, strict=True) if isinstance(c, torch.Tensor)]
@@ -75,6 +79,16 @@ class Encoder:
                 bar.update(len(group))
         vae.to("cpu")
         return bad
+
+    @contextmanager
+    def _missing(self, rows: list[T], key: Callable[[T], str]) -> Iterator[list[T]]:
+        """This rank's rows that the cache lacks, while its counterparts in other runs wait.
+
+        Arms that begin together lack the same: those that waited find it made.
+        """
+        missing = [row for row in self._share(rows) if key(row) not in self.cache]
+        with self.cache.alone(f"encoding-{self.rank}-of-{self.world}") if missing else nullcontext():
+            yield [row for row in missing if key(row) not in self.cache]
 
     def _share(self, rows: list[T]) -> list[T]:
         """This rank's rows, chosen by their place and not by what is missing: other ranks are writing meanwhile."""
@@ -92,9 +106,8 @@ class Encoder:
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
         texts = dict.fromkeys(["", *wanted])
         keys = {t: content_key("text", VERSION, models, words, text.chunks, t) for t in texts}
-        mine = [t for t in self._share(list(texts)) if keys[t] not in self.cache]
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
-        with _bar("captions", len(mine), self.rank) as bar:
+        with self._missing(list(texts), keys.__getitem__) as mine, _bar("captions", len(mine), self.rank) as bar:
             for group in _batches(mine, batch):
                 context, pooled = encode_texts(self.components.tokenizers, encoders, group, chunks=text.chunks)
                 for t, row, vector in zip(group, context.cpu(), pooled.cpu(), strict=True):

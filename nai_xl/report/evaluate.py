@@ -46,14 +46,16 @@ class Painter:
     decode: Callable[[Tensor], list[Image.Image]]  # normalised latents [B,4,h,w] -> images
     device: torch.device
 
-    def paint(self, prompts: Sequence[Prompt], seed: int, *, negative: str = "") -> list[Image.Image]:
-        """One image a prompt. Some prompts of one canvas are sampled together, and decoded one by one, which takes no
-        more memory than a training step; the noise depends on seed and place only.
+    def paint(
+        self, prompts: Sequence[Prompt], seed: int, *, negative: str = "", batch: int | None = None
+    ) -> list[Image.Image]:
+        """One image a prompt. Some prompts of one canvas are sampled together, at most `batch`, and decoded one by one,
+        which takes no more memory than a training step; the noise depends on seed and place only.
         """
         images: dict[int, Image.Image] = {}
         for bucket in dict.fromkeys(prompt.bucket for prompt in prompts):
             same = [i for i, prompt in enumerate(prompts) if prompt.bucket == bucket]
-            count = bucket.at_once(PIXELS, most=len(same))
+            count = bucket.at_once(PIXELS, most=batch or len(same))
             for rows in (same[first : first + count] for first in range(0, len(same), count)):
                 latents = self._sample([prompts[i].text for i in rows], rows, bucket, seed, negative)
                 images |= {row: self.decode(latent[None])[0] for row, latent in zip(rows, latents, strict=True)}

@@ -1,0 +1,38 @@
+"""Encoding by several runs that begin together."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import torch
+
+from nai_xl import config
+from nai_xl.data.cache import DiskCache
+from nai_xl.engine.encode import Encoder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_runs_that_begin_together_encode_each_image_and_caption_once(
+    ranks: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config.compose([])
+    components, bucketing, text = (config.build(cfg[group]) for group in ("model", "bucketing", "text"))
+    index = config.build(config.compose(["data=folder", f"data.dir={images}"]).data).scan()
+    put: list[str] = []
+    write = DiskCache.put
+    monkeypatch.setattr(DiskCache, "put", lambda self, key, made: (put.append(key), write(self, key, made)))
+    runs = 3
+    together = Barrier(runs * ranks)
+
+    def encode(rank: int) -> dict[str, str]:
+        encoder = Encoder(components, DiskCache(tmp_path / "cache"), "fp32", torch.device("cpu"), rank, ranks)
+        refs = encoder.latent_refs(index, bucketing)
+        together.wait()
+        assert encoder.encode_images(index, refs) == {}
+        return encoder.encode_captions([item.caption for item in index.items], text)
+
+    with ThreadPoolExecutor(runs * ranks) as pool:
+        keys = list(pool.map(encode, [rank for _ in range(runs) for rank in range(ranks)]))
+    assert len(put) == len(set(put)) == 12 + 13  # images, and their captions and the empty one
+    assert set(keys[0].values()) <= set(put)
