@@ -17,7 +17,7 @@ train: $(READY)
 	$(BIN)/python -m nai_xl.train schedule=ztsnr loss=minsnr
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

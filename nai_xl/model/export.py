@@ -38,7 +38,7 @@ def save_pipeline(
     mean, std [4,1,1]. An existing folder is replaced as a whole.
     """
     # a UNet that was trained in bfloat16 would round its float32 average; on the CPU, where there is room for that
-    components.unet.to("cpu", next(iter(weights.values())).dtype)
+    components.unet.to("cpu", next((weight.dtype for weight in weights.values()), components.unet.dtype))
     components.unet.load_state_dict(dict(weights), strict=False)
     pipeline = StableDiffusionXLPipeline(
         vae=folded(components.vae, mean, std),
