@@ -25,7 +25,6 @@ from nai_xl import config
 from nai_xl.engine.estimate import ALLOWANCE, SLACK, Footprint, Micro, Rehearsal
 from nai_xl.engine.hardware import GIB, GPUS, Gpu
 from nai_xl.engine.loop import RunSettings
-from nai_xl.engine.memory.attention import refuse_two_attentions
 from nai_xl.engine.memory.together import autocast, refuse_misfits
 from nai_xl.engine.throughput import UTILISATION, Speed, expected
 from nai_xl.engine.update import OptimizerInBackward
@@ -117,7 +116,6 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     actions = [build(node) for node in (cfg.get("memory") or {}).values() if "_target_" in node]
     optimizer = build(cfg.optimizer)
     refuse_misfits(actions, optimizer, settings.mixed_precision)
-    refuse_two_attentions(actions)
     for action in actions:
         if isinstance(action, OptimizerInBackward):
             action.refuse(grad_accum=settings.grad_accum, precision=settings.mixed_precision, world=machines.world)

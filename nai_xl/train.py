@@ -33,7 +33,6 @@ from nai_xl.engine.encode import Encoder
 from nai_xl.engine.hardware import find
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
 from nai_xl.engine.memory import process_wide
-from nai_xl.engine.memory.attention import refuse_two_attentions
 from nai_xl.engine.memory.compiled import uncompiled
 from nai_xl.engine.memory.together import autocast, refuse_misfits
 from nai_xl.engine.optimizer import LearningRate
@@ -84,7 +83,6 @@ class Job:
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
         self.memory, self.evals = self._several("memory"), self._several("evals")
         refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.settings.mixed_precision)
-        refuse_two_attentions(self.memory)
         self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
         self.home = RunDirectory(config.run_dir(self.cfg, self.choices))
         self.note = ArmNote(self.home, arm_of(self.cfg, self.arm))

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nai_xl.errors import UserError
-from nai_xl.types import MemoryAction
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -65,7 +64,7 @@ class AttentionSlicing:
         model.set_attention_slice(self.slice_size)
 
 
-def refuse_two_attentions(actions: Sequence[MemoryAction]) -> None:
+def refuse_two_attentions(actions: Sequence[object]) -> None:
     """Raises UserError when several actions say how attention is computed: the last would silently win."""
     chosen = [action.option for action in actions if isinstance(action, Sdpa | AttentionSlicing)]
     if len(chosen) > 1:

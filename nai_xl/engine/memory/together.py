@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nai_xl.engine.distributed import Precision
-from nai_xl.engine.memory.attention import HALF_PRECISION, Sdpa
+from nai_xl.engine.memory.attention import HALF_PRECISION, Sdpa, refuse_two_attentions
 from nai_xl.engine.memory.compiled import ActivationBudget, Compile
 from nai_xl.engine.memory.precision import Bf16Weights
 from nai_xl.engine.optimizers.rounding import rounds_stochastically
@@ -24,6 +24,7 @@ def refuse_misfits(actions: Sequence[object], optimizer: Callable[..., Any], mix
     def chosen(kind: type) -> bool:
         return any(isinstance(action, kind) for action in actions)
 
+    refuse_two_attentions(actions)
     if chosen(ActivationBudget) and not chosen(Compile):
         raise UserError("memory=activation_budget acts on compiled blocks only; set 'memory=[...,compile]'")
     if chosen(Bf16Weights):
