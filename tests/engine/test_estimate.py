@@ -155,11 +155,14 @@ def test_a_budget_keeps_a_share_between_its_ends(budget: float) -> None:
 
 
 def test_sdxl_as_counted_elsewhere() -> None:
-    """One 1024 image: 6.42 GiB in bfloat16, 25.84 TFLOP with everything recomputed, 0.55 GiB kept."""
+    """One 1024 image: 25.84 TFLOP with everything recomputed by torch.utils.checkpoint, 0.55 GiB kept.
+
+    Where a ResNet block changes its width, that computes the second convolution again, 0.34 TFLOP that nothing reads.
+    """
     gib = float(1 << 30)
     found = Rehearsal(unet_skeleton(), [Bf16Weights(), GradientCheckpointing()], torch.optim.SGD, None).run(
         Micro(1, 1024, 1024)
     )
     assert found.activations / gib == pytest.approx(0.55, abs=0.01)
-    assert found.flops / 1e12 == pytest.approx(25.84, rel=0.005)
+    assert found.flops / 1e12 == pytest.approx(25.84 - 0.34, rel=0.002)
     assert found.weights / gib == pytest.approx(4.78, abs=0.01)

@@ -126,7 +126,7 @@ def test_dropout_alone_has_the_random_state_kept(blocks: Any, dropout: float, mo
     monkeypatch.setattr(torch, "get_rng_state", lambda: (read.append(1), state())[1])
     expected = gradients()
     for found, gradient in zip(gradients(GradientCheckpointing(blocks)), expected, strict=True):
-        assert torch.equal(found, gradient)
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     assert bool(read) == (dropout > 0)
 
 

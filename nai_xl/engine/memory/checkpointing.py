@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from nai_xl.engine.memory.recompute import can_be_unread, recomputed
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,9 @@ class GradientCheckpointing:
     """
 
     blocks: Literal["all", "transformer", "ff"] = "all"
-    tolerance: ClassVar[float] = 0.0  # the recomputation runs the same kernels on the same inputs
+    # The same kernels on the same inputs: the loss is equal to the bit. The gradient of what a skip connection carries
+    # is a sum of three, of which a recomputed block adds its own two first.
+    tolerance: ClassVar[float] = 1e-6
 
     def apply(self, model: Any) -> None:
         run = _recomputed(model)
@@ -48,6 +54,37 @@ class RecomputedFeedForward(FeedForward):
 
 
 def _recomputed(model: nn.Module) -> Callable[..., Any]:
-    """checkpoint(function, *args). Saving the random state waits for the GPU in every block: only dropout needs it."""
+    """checkpoint(function, *args), by torch where it is needed: with dropout, compiled blocks or several processes.
+
+    Saving the random state waits for the GPU in every block: only dropout needs it.
+    """
     dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+    by_torch = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        if dropout or torch.distributed.is_initialized() or _compiled(function) or not _reached(args):
+            return by_torch(function, *args)
+        return recomputed(function, _ends(function), *args)
+
+    return run
+
+
+def _compiled(function: Any) -> bool:
+    return torch.compiler.is_compiling() or getattr(function, "_compiled_call_impl", None) is not None
+
+
+def _reached(args: Sequence[Any]) -> bool:
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def _ends(function: Any) -> list[nn.Module]:
+    """The layers of a block that nothing but a sum comes after."""
+    block = getattr(function, "__self__", function)  # of a bound method, its object
+    last: list[Any] = []
+    if isinstance(block, ResnetBlock2D):
+        last = [block.conv2, block.conv_shortcut]
+    elif isinstance(block, BasicTransformerBlock):
+        last = [block.ff.net[-1]]
+    elif isinstance(block, FeedForward):
+        last = [block.net[-1]]
+    return [layer for layer in last if can_be_unread(layer)]
