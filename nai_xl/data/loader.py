@@ -17,6 +17,8 @@ from nai_xl.errors import UserError
 from nai_xl.rng import draws
 from nai_xl.types import Batch, Cache, Placement
 
+RECENT = 64  # captions whose conditions a reader keeps, 20 MB for SDXL
+
 
 @dataclass(frozen=True)
 class LatentRef:
@@ -77,6 +79,7 @@ class PositionDataset(Dataset[Batch]):
     ):
         self.encoded, self.captions, self.seed, self.strata = encoded, captions, seed, strata
         self.noise = noise or TrainingNoise()
+        self._recent: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
         """A Batch of one sample."""
@@ -94,7 +97,7 @@ class PositionDataset(Dataset[Batch]):
         rows = [encoded.latents[number] for number in numbers]
         refs = [row[draw.choice("placement", len(row))] for draw, row in zip(samples, rows, strict=True)]
         texts = [self.captions.pick(item.caption, draw) for draw, item in zip(samples, items, strict=True)]
-        conditions = [encoded.condition(text) for text in texts]
+        conditions = [self._condition(text) for text in texts]
         raw = torch.stack([encoded.read(ref.key)["latents"] for ref in refs]).float()
         noise, perturbation = self.noise(samples, raw.shape[1:])
         return Batch(
@@ -109,6 +112,14 @@ class PositionDataset(Dataset[Batch]):
             noise=noise,
             perturbation=perturbation,
         )
+
+    def _condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where captions are few, or often dropped, reading them takes as long as reading the images."""
+        found = self._recent.pop(text, None) or self.encoded.condition(text)
+        self._recent[text] = found  # the last one again
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return found
 
 
 def _as_it_is(batch: Any) -> Any:

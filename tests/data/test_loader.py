@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nai_xl.data import loader
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.index import Index, Item
@@ -171,6 +172,24 @@ def test_making_batches_leaves_the_cache_as_it_is() -> None:
     for key, tensors in again.cache.entries.items():
         assert all(torch.equal(data.cache.entries[key][name], tensor) for name, tensor in tensors.items())
     assert torch.equal(data.weights, again.weights)
+
+
+@pytest.mark.parametrize("recent", [0, 1, 3, 64])
+def test_recent_captions_are_read_once_and_the_longest_unused_one_goes(
+    recent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "RECENT", recent)
+    data, read = encoded(), []
+    get = MemoryCache.get
+    monkeypatch.setattr(MemoryCache, "get", lambda cache, key: (read.append(key), get(cache, key))[1])
+    dataset = PositionDataset(data, PlainCaptions(0.0), seed=0)
+    kept: list[int] = []
+    for number in [0, 0, 2, 4, 0, 2, 6, 8, 0, 0, 4]:
+        read.clear()
+        sample = dataset[(0, number)]
+        assert torch.equal(sample.context, torch.full((1, 77, 6), number + 1.0))
+        assert (f"text {number}" in read) == (number not in kept)
+        kept = [*(other for other in kept if other != number), number][-recent:] if recent else []
 
 
 def test_sample_depends_on_its_position_and_seed_alone() -> None:
