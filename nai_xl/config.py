@@ -39,7 +39,7 @@ SETTINGS = ("name", "output_dir", "plugins", "native", "run", "sampling", "objec
 VOLATILE = (
     "output_dir plugins tracker evals checkpoint distributed cache data.cache native model.config sampling profile "
     "sweep run.log_every run.checkpoint_every run.keep_checkpoints run.workers ema.device "
-    "memory.gradient_checkpointing memory.offload_activations"  # which change no bit of what is learned
+    "memory.gradient_checkpointing memory.offload_activations"  # which change what is learned by roundings at most
 ).split()
 LENGTH = ("run.max_images", "run.epochs")
 HEADLINE = ("model", "schedule", "parameterization", "loss")  # of a run's default name
