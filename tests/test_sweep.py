@@ -21,7 +21,7 @@ from nai_xl.engine.arm import Arm, ArmNote, read_arm, write_arm
 from nai_xl.engine.processes import Running, Task, run_all
 from nai_xl.engine.run_dir import RunDirectory
 from nai_xl.errors import UserError
-from nai_xl.report.board import progress
+from nai_xl.report.board import Row, print_table, progress
 from nai_xl.sweep import SweepSettings, slots, why
 from nai_xl.train import main
 from tests.conftest import SMALL
@@ -339,6 +339,13 @@ def test_a_second_interruption_ends_tasks_and_their_children_at_once(tmp_path: P
 )
 def test_why_a_process_ended(code: int, output: str, reason: str) -> None:
     assert why(code, output) == reason
+
+
+def test_the_table_names_an_arm_of_several_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """[sdpa] is no markup."""
+    print_table("[a] question", [Row("memory=[sdpa,math],seed=0", "FINISHED", 4, 1.0, 0.5, Path("out[x]"))])
+    told = capsys.readouterr().out
+    assert "[a] question" in told and "memory=[sdpa,math],seed=0" in told and "out[x]" in told
 
 
 def test_progress_is_the_last_state_of_the_last_bar() -> None:
