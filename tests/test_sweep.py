@@ -214,6 +214,13 @@ def test_an_arm_is_named_by_the_values_of_what_varies() -> None:
     assert config.arm(config.compose([]), overrides) == {}
 
 
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml")))
+def test_every_arm_of_an_experiment_has_a_directory_of_its_own(experiment: str) -> None:
+    points = [(choices, cfg) for _, choices, cfg in config.combinations([f"experiment={experiment}"])]
+    assert len({config.run_dir(cfg, choices) for choices, cfg in points}) == len(points) > 1
+    config.check(points[0][1])
+
+
 def test_settings_of_the_sweep_do_not_make_another_run() -> None:
     plain, named = config.compose([]), config.compose(["sweep.name=x", "sweep.parallel=3", "sweep.question=why"])
     assert config.run_dir(plain, {}) == config.run_dir(named, {})
