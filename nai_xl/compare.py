@@ -124,7 +124,8 @@ def _of_sweep(asked: Asked, output_dir: Path) -> Found:
     paths = sweep_directories(output_dir, name)
     configs = {path.name: _config(path) for path in paths}
     runs = [read_directory(path, _flat(path, configs[path.name]), name) for path in paths]
-    return Found(runs, _question(configs[paths[-1].name], name), output_dir, configs)
+    written = [cfg for cfg in configs.values() if "sweep" in cfg]  # not yet by an arm that was stopped early
+    return Found(runs, _question(written[-1] if written else OmegaConf.create(), name), output_dir, configs)
 
 
 def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Found:
@@ -358,7 +359,7 @@ SHADES = {"better": "bold blue", "worse": "bold red", "higher": "bold", "lower":
 
 def table(found: Comparison) -> Table:
     """A row for each metric and arm."""
-    made = Table(box=None, padding=(0, 1), title=about(found), title_justify="left", title_style="bold")
+    made = Table(box=None, padding=(0, 1), title=Text(about(found), style="bold"), title_justify="left")
     made.add_column("arm", no_wrap=True)
     made.add_column("", no_wrap=True)
     for heading in ("mean", "difference", "", "95 % interval", "p (Holm)", "seeds x items"):

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nai_xl import config
 from nai_xl.diffusion.diagnosis import Diagnosis, diagnose, sentences
@@ -93,7 +94,7 @@ def table(combinations: Sequence[Combination]) -> Table:
     for heading in ("last\nweight", "mean\nweight"):
         made.add_column(heading, justify="right", no_wrap=True)
     for c in combinations:
-        made.add_row(*c.swept.values(), *(numbers(c.diagnosis) if c.diagnosis else ["refused"]))
+        made.add_row(*map(Text, c.swept.values()), *(numbers(c.diagnosis) if c.diagnosis else ["refused"]))
     return made
 
 

@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nai_xl import config
 from nai_xl.engine.estimate import ALLOWANCE, SLACK, Footprint, Micro, Rehearsal
@@ -274,7 +275,7 @@ def compared(rows: Sequence[tuple[Mapping[str, str], Plan | str]], gpus: Sequenc
     for heading in ("peak GiB", "needed GiB", "fits", "spare GiB", "images/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for swept, plan in rows:
-        table.add_row(*swept.values(), *compared_cells(plan, gpus, machines))
+        table.add_row(*map(Text, swept.values()), *compared_cells(plan, gpus, machines))
     return table
 
 

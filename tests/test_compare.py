@@ -317,6 +317,18 @@ def test_an_experiment_names_its_sweep(told: Command, outputs: Path) -> None:
     assert "no run of sweep terminal_step in outputs; there is losses" in told("experiment=terminal_step", status=1)
 
 
+def test_lists_name_arms_and_a_sweep_keeps_its_question(told: Command, tmp_path: Path) -> None:
+    """[math] is no markup, and the newest arm may have been stopped before it wrote its config."""
+    asked = {"baseline": "memory=[sdpa]", "metrics": ["val/loss"]}
+    for arm in ("[math]", "[sdpa]", "[sdpa,tf32]"):
+        for seed in (0, 1):
+            choice, effect = {"memory": arm}, {"val/loss": 0.1}
+            newest = write_run(tmp_path, choice, seed, effect=effect, sweep="memory", question=asked)
+    (newest / "config.yaml").unlink()
+    out = told("sweep=memory", f"output_dir={tmp_path}")
+    assert "Baseline: memory=[sdpa]." in out and re.search(r"\[sdpa\] +baseline", out) and "[sdpa,tf32]" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -208,6 +208,11 @@ def test_lists_are_one_value_and_what_training_needs_is_not_asked_for(told: Call
     assert len([line for line in out.splitlines() if line.split()[:1] in (["1"], ["5"])]) == 2
 
 
+def test_a_list_that_is_swept_is_told_as_it_was_given(told: Callable[..., str]) -> None:
+    out = told("memory=[sdpa],[sdpa,channels_last]")
+    assert "[sdpa] " in out and "[sdpa,channels_last]" in out
+
+
 def test_an_experiment_brings_its_own_sweep() -> None:
     losses = [row.swept["loss"] for row in inspect.inspect(["experiment=terminal_step"])]
     assert losses == ["uniform", "minsnr", "minsnr_plus_one"]

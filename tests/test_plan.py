@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from rich.console import Console
 
 from nai_xl import config, plan
 from nai_xl.engine.estimate import Footprint
@@ -173,3 +174,12 @@ def test_presets_for_smaller_cards_need_less() -> None:
 
     peaks = [needed(f"gpu_{size}gb") for size in (12, 16, 24, 48, 80)]
     assert peaks == sorted(peaks) and len(set(peaks)) == 5
+
+
+def test_a_list_that_is_compared_is_told_as_it_was_given() -> None:
+    rows = [({"memory": "[sdpa]"}, "refused"), ({"memory": "[sdpa,tf32]"}, "refused")]
+    made = plan.compared(rows, [], plan.Machines())
+    console = Console(width=200)
+    with console.capture() as told:
+        console.print(made)
+    assert "[sdpa] " in told.get() and "[sdpa,tf32]" in told.get()

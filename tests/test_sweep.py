@@ -21,7 +21,7 @@ from nai_xl.engine.arm import Arm, ArmNote, read_arm, write_arm
 from nai_xl.engine.processes import Running, Task, run_all
 from nai_xl.engine.run_dir import RunDirectory
 from nai_xl.errors import UserError
-from nai_xl.report.board import progress
+from nai_xl.report.board import Row, print_table, progress
 from nai_xl.sweep import SweepSettings, slots, why
 from nai_xl.train import main
 from tests.conftest import SMALL
@@ -214,6 +214,13 @@ def test_an_arm_is_named_by_the_values_of_what_varies() -> None:
     assert config.arm(config.compose([]), overrides) == {}
 
 
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml")))
+def test_every_arm_of_an_experiment_has_a_directory_of_its_own(experiment: str) -> None:
+    points = [(choices, cfg) for _, choices, cfg in config.combinations([f"experiment={experiment}"])]
+    assert len({config.run_dir(cfg, choices) for choices, cfg in points}) == len(points) > 1
+    config.check(points[0][1])
+
+
 def test_settings_of_the_sweep_do_not_make_another_run() -> None:
     plain, named = config.compose([]), config.compose(["sweep.name=x", "sweep.parallel=3", "sweep.question=why"])
     assert config.run_dir(plain, {}) == config.run_dir(named, {})
@@ -339,6 +346,13 @@ def test_a_second_interruption_ends_tasks_and_their_children_at_once(tmp_path: P
 )
 def test_why_a_process_ended(code: int, output: str, reason: str) -> None:
     assert why(code, output) == reason
+
+
+def test_the_table_names_an_arm_of_several_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """[sdpa] is no markup."""
+    print_table("[a] question", [Row("memory=[sdpa,math],seed=0", "FINISHED", 4, 1.0, 0.5, Path("out[x]"))])
+    told = capsys.readouterr().out
+    assert "[a] question" in told and "memory=[sdpa,math],seed=0" in told and "out[x]" in told
 
 
 def test_progress_is_the_last_state_of_the_last_bar() -> None:

@@ -80,7 +80,7 @@ def tail(log: Path, since: int = 0, size: int = 4000) -> str:
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
     """All arms, at the table's natural width, then what to do about those that failed."""
-    made = Table(box=None, padding=(0, 1), title=title, title_justify="left", title_style="bold")
+    made = Table(box=None, padding=(0, 1), title=Text(title, style="bold"), title_justify="left")
     made.add_column("arm", style="cyan", no_wrap=True)
     made.add_column("status", no_wrap=True)
     for heading in ("steps", "time", "train/loss"):
@@ -90,7 +90,8 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         loss = "" if row.loss is None else f"{row.loss:.4f}"
         status = Text(row.status, style=COLOURS.get(row.status, ""))
         time = spent(row.seconds) if row.seconds else ""
-        made.add_row(row.arm, status, f"{row.steps or ''}", time, loss, str(row.path))
+        # as Text: in a string [sdpa] would be rich's markup, and memory=[sdpa] an arm without a name
+        made.add_row(Text(row.arm), status, f"{row.steps or ''}", time, loss, Text(str(row.path)))
     width = Console(width=1000).measure(made).maximum
     Console(highlight=False, width=max(width, len(title))).print(made)
     plain = Console(highlight=False, soft_wrap=True)

@@ -29,7 +29,8 @@ from nai_xl.types import Schedule
 
 # log-SNR of the levels at which runs of different schedules are comparable; SDXL's own schedule covers 7.1 to -5.4
 LOG_SNR = (6, 3, 0, -3, -5)
-Rows = list[tuple[str, int, float, float]]  # item, place in the grid, error of the prediction, error of x0
+# item, place in the grid, error of the prediction, error of x0, error of x0 before normalisation
+Rows = list[tuple[str, int, float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class ValLoss:
 
     The grid is a sampler's of `timesteps` steps, the terminal one included. Reported are val/loss (what the network
     predicts) and val/x0_loss (the clean latent that follows from it), both means over images and grid; val/loss of each
-    band of timesteps; val/x0_loss_terminal at the last timestep; and val/x0_loss_logsnr_<l> at levels of equal
-    log-SNR, as far as the schedule reaches.
+    band of timesteps; val/x0_loss_terminal at the last timestep, and the same in raw latents; and
+    val/x0_loss_logsnr_<l> at levels of equal log-SNR, as far as the schedule reaches.
     """
 
     every: Annotated[int, Field(ge=1)]
@@ -66,15 +67,16 @@ class ValLoss:
         grid = studio.schedule.inference_timesteps(self.timesteps).tolist()
         on_grid = [row for row in rows if row[1] < len(grid)]
         table = {
-            "val/loss": _by_item((item, error) for item, _, error, _ in on_grid),
-            "val/x0_loss": _by_item((item, error) for item, _, _, error in on_grid),
-            "val/x0_loss_terminal": _by_item((item, error) for item, k, _, error in on_grid if grid[k] == grid[0]),
+            "val/loss": _by_item((item, error) for item, _, error, _, _ in on_grid),
+            "val/x0_loss": _by_item((item, error) for item, _, _, error, _ in on_grid),
+            "val/x0_loss_terminal": _by_item((item, error) for item, k, _, error, _ in on_grid if grid[k] == grid[0]),
+            "val/x0_loss_terminal_raw": _by_item((i, error) for i, k, _, _, error in on_grid if grid[k] == grid[0]),
         }
         for low, high in pairwise(edges):
-            inside = ((item, error) for item, k, error, _ in on_grid if low <= grid[k] < high)
+            inside = ((item, error) for item, k, error, _, _ in on_grid if low <= grid[k] < high)
             table[f"val/loss_band_{low}_{high}"] = _by_item(inside)
         for number, wanted in enumerate(LOG_SNR, start=len(grid)):
-            table[f"val/x0_loss_logsnr_{wanted}"] = _by_item((i, error) for i, k, _, error in rows if k == number)
+            table[f"val/x0_loss_logsnr_{wanted}"] = _by_item((i, error) for i, k, _, error, _ in rows if k == number)
         return report(studio.run_dir, step, table)
 
     def _batches(self, encoded: Encoded) -> Iterator[list[tuple[Item, LatentRef]]]:
@@ -97,6 +99,7 @@ class ValLoss:
         context, pooled = (torch.stack(tensors).to(device) for tensors in zip(*pairs, strict=True))
         time_ids = torch.tensor([ref.placement.time_ids(item.size) for item, ref in some], device=device)
         added = {"text_embeds": pooled, "time_ids": time_ids}
+        std = encoded.std.to(device)
         rows: Rows = []
         for number, t in self._levels(schedule).items():
             level = schedule.at(t.to(device).expand(len(some)))
@@ -105,7 +108,8 @@ class ValLoss:
             out = studio.denoise(xt, level.t, context, added_cond_kwargs=added, return_dict=False)[0].float()
             target = studio.parameterization.target(x0, noise, level)
             clean = studio.parameterization.to_x0(xt, out, level)
-            errors = torch.stack([_squared(out, target), _squared(clean, x0)]).T.tolist()
+            raw = _squared(std * clean, std * x0)  # the means cancel
+            errors = torch.stack([_squared(out, target), _squared(clean, x0), raw]).T.tolist()
             rows += [(name, number, *pair) for name, pair in zip(names, errors, strict=True)]
         return rows
 

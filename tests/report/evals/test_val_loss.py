@@ -47,12 +47,14 @@ def brute_force(studio: Studio, evaluator: ValLoss, prediction: str) -> dict[str
             # x0 that follows from each prediction, by solving its definition for x0
             clean = {"v": alpha * xt - sigma * out, "epsilon": (xt - sigma * out) / max(alpha, 1e-30), "sample": out}
             error, x0_error = ((a - b).square().mean().item() for a, b in ((out, target), (clean[prediction], x0)))
+            unscaled = clean[prediction] * studio.encoded.std + studio.encoded.mean
             band = t * 4 // 1000
             for metric, value in {
                 "val/loss": error,
                 "val/x0_loss": x0_error,
                 f"val/loss_band_{250 * band}_{250 * band + 250}": error,
                 **({"val/x0_loss_terminal": x0_error} if t == 999 else {}),
+                **({"val/x0_loss_terminal_raw": (unscaled - raw).square().mean().item()} if t == 999 else {}),
             }.items():
                 found.setdefault(metric, {}).setdefault(item_name(item), []).append(value)
     return {m: {i: float(np.mean(values)) for i, values in items.items()} for m, items in found.items()}
@@ -70,7 +72,7 @@ def test_it_is_the_plain_loop(
     evaluator = ValLoss(every=1, count=7, timesteps=5, batch=2)
     values = evaluator.run(3, scene)
     expected = brute_force(scene, evaluator, prediction)
-    assert set(expected) <= set(values) and len(expected) == 7
+    assert set(expected) <= set(values) and len(expected) == 8
     for metric, items in expected.items():
         assert read_items(tmp_path, metric)[3] == pytest.approx(items, rel=2e-4)
         assert values[metric] == pytest.approx(np.mean(list(items.values())), rel=2e-4)
@@ -98,7 +100,7 @@ def test_a_perfect_network_has_no_error_at_any_level(studio: Make) -> None:
     knows = studio(denoise=oracle, encoded=scene.encoded)
     object.__setattr__(knows.encoded, "held_out", one)
     values = ValLoss(every=1).run(1, knows)
-    assert len(values) == 3 + 4 + len(LOG_SNR)
+    assert len(values) == 4 + 4 + len(LOG_SNR)
     assert max(values.values()) < 1e-6
 
 
