@@ -68,18 +68,22 @@ Shapes = Annotated[Sequence[Shape], Field(min_length=1)]
 
 
 class Vocabulary(NamedTuple):
-    """What scenes are drawn from: numbers of bodies, colours of bodies and backgrounds, and shapes."""
+    """What scenes are drawn from: numbers of bodies, their colours and shapes, and backgrounds."""
 
     bodies: Sequence[int] = tuple(range(1, len(NUMBERS) + 1))
     colors: Sequence[Color] = get_args(Color)
     shapes: Sequence[Shape] = SHAPES
+    backgrounds: Sequence[Color] = get_args(Color)
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Body and background that are told apart easily. Raises UserError where no two of the colours are."""
-        pairs = tuple((a, b) for a, b in product(self.colors, self.colors) if contrast(a, b) >= CONTRAST)
+        pairs = tuple((a, b) for a, b in product(self.colors, self.backgrounds) if contrast(a, b) >= CONTRAST)
         if not pairs:
-            raise UserError(f"colors={list(self.colors)}: no body stands out; two are needed, such as [black,white]")
+            raise UserError(
+                f"colors={list(self.colors)} backgrounds={list(self.backgrounds)}: no body stands out from its "
+                "background; take others, such as colors=[white] backgrounds=[black]"
+            )
         return pairs
 
 
@@ -126,7 +130,7 @@ def contrast(one: str, other: str) -> float:
 def draw_scene(draw: Draws, include: Sequence[Kind], words: Vocabulary = EVERYTHING) -> Scene:
     """The scene at one position: numbers of bodies, colours, shapes and places alike often."""
     if "shapes" not in include or ("colors" in include and draw.uniform("shapes card") < CARDS):
-        return Scene(_pick(draw, "background", words.colors))
+        return Scene(_pick(draw, "background", words.backgrounds))
     number = _pick(draw, "number", words.bodies)
     colour, background = _pick(draw, "colours", words.pairs)
     place = _pick(draw, "place", tuple(PLACES)) if number == 1 else ""
@@ -244,7 +248,7 @@ def write_shapes(
 
     Raises UserError when it cannot be written.
     """
-    folder = cache / f"shapes-{content_key(VERSION, number, seed, sorted(include), resolution, *words)[:12]}"
+    folder = cache / f"shapes-{content_key(VERSION, number, seed, sorted(include), resolution, *map(list, words))[:12]}"
     try:
         for place in range(number):
             image = folder / f"{place:06d}.png"

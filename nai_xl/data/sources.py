@@ -54,7 +54,7 @@ class SampleSource:
 class ShapesSource:
     """`count` drawn pictures for a model of native edge `resolution`: bodies to be counted, and single colours.
 
-    `bodies`, `colors` and `shapes` are what they show: fewer of them are learned sooner.
+    `bodies`, `colors`, `shapes` and `backgrounds` are what they show: fewer of them are learned sooner.
     """
 
     resolution: Annotated[int, Field(ge=64, multiple_of=16)]
@@ -64,11 +64,12 @@ class ShapesSource:
     bodies: Numbers = EVERYTHING.bodies
     colors: Colors = EVERYTHING.colors
     shapes: Shapes = EVERYTHING.shapes
+    backgrounds: Colors = EVERYTHING.backgrounds
     held_out: Share = 0.1
     cache: Path | None = None
 
     def scan(self) -> Index:
-        words = Vocabulary(tuple(self.bodies), tuple(self.colors), tuple(self.shapes))
+        words = Vocabulary(self.bodies, self.colors, self.shapes, self.backgrounds)
         cache = self.cache or user_cache()
         folder = write_shapes(cache, self.count, self.seed, self.include, self.resolution, words)
         return FolderSource(folder, held_out=self.held_out).scan()

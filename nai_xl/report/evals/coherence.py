@@ -28,7 +28,7 @@ SEED = 0  # of the prompts: the same for every run
 class Coherence(PaintedPrompts):
     """Prompts of `count` scenes of data=shapes, of every number of bodies alike many.
 
-    `bodies`, `colors` and `shapes` are those of the prompts: take what the training pictures show.
+    `bodies`, `colors`, `shapes` and `backgrounds` are those of the prompts: take what the training pictures show.
 
     coherence/count_error is the mean of |found - prompted|, coherence/surplus of found - prompted, coherence/right the
     share of samples with the prompted number, coherence/cut the share of a sample's bodies that touch the border.
@@ -38,11 +38,12 @@ class Coherence(PaintedPrompts):
     bodies: Numbers = EVERYTHING.bodies
     colors: Colors = EVERYTHING.colors
     shapes: Shapes = EVERYTHING.shapes
+    backgrounds: Colors = EVERYTHING.backgrounds
 
     @cached_property
     def scenes(self) -> Mapping[str, Scene]:
         """Name -> scene; the name tells the prompt's number of bodies."""
-        words = Vocabulary(tuple(self.bodies), tuple(self.colors), tuple(self.shapes))
+        words = Vocabulary(self.bodies, self.colors, self.shapes, self.backgrounds)
         drawn = (draw_scene(draws(SEED, place), ["shapes"], words) for place in range(100 * self.count))
         numbers = sorted(set(self.bodies))
         each, rest = divmod(self.count, len(numbers))
