@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice, product
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from nai_xl.data.cache import content_key, write_atomically
 from nai_xl.data.stored_png import COLOURS, stored_png
@@ -27,11 +28,13 @@ from nai_xl.rng import Draws, draws
 
 VERSION = 1  # raise it whenever other pictures come out of the same settings
 Kind = Literal["shapes", "colors"]
+Shape = Literal["circle", "square", "triangle"]
+Color = Literal["black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink"]
 T = TypeVar("T")
 CARDS = 0.2  # share of single colours where both kinds are included
 
 # those of the cards of data=sample, under the same captions
-PALETTE = {
+PALETTE: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
     "grey": (128, 128, 128),
@@ -44,7 +47,7 @@ PALETTE = {
     "pink": (255, 150, 190),
 }
 NUMBERS = ("one", "two", "three", "four")
-SHAPES = ("circle", "square", "triangle")
+SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle")
 PLACES = {  # of a single body: its words, and where it lies across and down, from -1 to 1
     "on the left": (-1, 0),
     "on the right": (1, 0),
@@ -57,6 +60,34 @@ CANVASES = ((8, 8), (10, 6), (6, 10), (12, 12))  # width, height in eighths of t
 FINE = 8  # positions are whole eighths of a pixel
 # of the short side: a body's size, and the gaps between bodies and to the border
 SIZE, GAP, MARGIN = (0.22, 0.32), 0.1, 1 / 16
+
+# settings of the data set and of evaluators that prompt for it
+Numbers = Annotated[Sequence[Annotated[int, Field(ge=1, le=len(NUMBERS))]], Field(min_length=1)]
+Colors = Annotated[Sequence[Color], Field(min_length=1)]
+Shapes = Annotated[Sequence[Shape], Field(min_length=1)]
+
+
+class Vocabulary(NamedTuple):
+    """What scenes are drawn from: numbers of bodies, their colours and shapes, and backgrounds."""
+
+    bodies: Sequence[int] = tuple(range(1, len(NUMBERS) + 1))
+    colors: Sequence[Color] = get_args(Color)
+    shapes: Sequence[Shape] = SHAPES
+    backgrounds: Sequence[Color] = get_args(Color)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Body and background that are told apart easily. Raises UserError where no two of the colours are."""
+        pairs = tuple((a, b) for a, b in product(self.colors, self.backgrounds) if contrast(a, b) >= CONTRAST)
+        if not pairs:
+            raise UserError(
+                f"colors={list(self.colors)} backgrounds={list(self.backgrounds)}: no body stands out from its "
+                "background; take others, such as colors=[white] backgrounds=[black]"
+            )
+        return pairs
+
+
+EVERYTHING = Vocabulary()
 
 
 class Scene(NamedTuple):
@@ -96,18 +127,14 @@ def contrast(one: str, other: str) -> float:
     return math.dist(PALETTE[one], PALETTE[other])
 
 
-# pairs of body and background that are told apart easily
-PAIRS = tuple(pair for pair in product(PALETTE, repeat=2) if contrast(*pair) >= CONTRAST)
-
-
-def draw_scene(draw: Draws, include: Sequence[Kind]) -> Scene:
+def draw_scene(draw: Draws, include: Sequence[Kind], words: Vocabulary = EVERYTHING) -> Scene:
     """The scene at one position: numbers of bodies, colours, shapes and places alike often."""
     if "shapes" not in include or ("colors" in include and draw.uniform("shapes card") < CARDS):
-        return Scene(_pick(draw, "background", tuple(PALETTE)))
-    number = 1 + draw.choice("shapes number", len(NUMBERS))
-    colour, background = _pick(draw, "colours", PAIRS)
+        return Scene(_pick(draw, "background", words.backgrounds))
+    number = _pick(draw, "number", words.bodies)
+    colour, background = _pick(draw, "colours", words.pairs)
     place = _pick(draw, "place", tuple(PLACES)) if number == 1 else ""
-    return Scene(background, number, colour, _pick(draw, "shape", SHAPES), place)
+    return Scene(background, number, colour, _pick(draw, "shape", words.shapes), place)
 
 
 def _pick(draw: Draws, purpose: str, options: Sequence[T]) -> T:
@@ -205,24 +232,28 @@ def _within(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: int) -
 # --- the data set -----------------------------------------------------------------------------------------------------
 
 
-def picture(seed: int, number: int, *, include: Sequence[Kind], resolution: int) -> Picture:
+def picture(
+    seed: int, number: int, *, include: Sequence[Kind], resolution: int, words: Vocabulary = EVERYTHING
+) -> Picture:
     """Number `number` of the data set of this seed for a model of native edge `resolution`, a multiple of 16 pixels."""
     draw = draws(seed, number)
     width, height = (resolution * eighths // 8 for eighths in _pick(draw, "canvas", CANVASES))
-    return Picture(draw_scene(draw, include), width, height, draw)
+    return Picture(draw_scene(draw, include, words), width, height, draw)
 
 
-def write_shapes(cache: Path, number: int, seed: int, include: Sequence[Kind], resolution: int) -> Path:
+def write_shapes(
+    cache: Path, number: int, seed: int, include: Sequence[Kind], resolution: int, words: Vocabulary = EVERYTHING
+) -> Path:
     """The folder in `cache` of these pictures as .png with .txt captions; files that are missing are written.
 
     Raises UserError when it cannot be written.
     """
-    folder = cache / f"shapes-{content_key(VERSION, number, seed, sorted(include), resolution)[:12]}"
+    folder = cache / f"shapes-{content_key(VERSION, number, seed, sorted(include), resolution, *map(list, words))[:12]}"
     try:
         for place in range(number):
             image = folder / f"{place:06d}.png"
             if not (image.exists() and image.with_suffix(".txt").exists()):
-                _write(picture(seed, place, include=include, resolution=resolution), image)
+                _write(picture(seed, place, include=include, resolution=resolution, words=words), image)
     except OSError as error:
         raise UserError(
             f"Cannot write data=shapes into {folder} ({error.strerror or error}). Choose another place with "

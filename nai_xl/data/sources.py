@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from nai_xl.data.cache import user_cache
 from nai_xl.data.index import Index, scan
-from nai_xl.data.shapes import Kind, write_shapes
+from nai_xl.data.shapes import EVERYTHING, Colors, Kind, Numbers, Shapes, Vocabulary, write_shapes
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -52,15 +52,24 @@ class SampleSource:
 
 @dataclass(frozen=True)
 class ShapesSource:
-    """`count` drawn pictures for a model of native edge `resolution`: bodies to be counted, and single colours."""
+    """`count` drawn pictures for a model of native edge `resolution`: bodies to be counted, and single colours.
+
+    `bodies`, `colors`, `shapes` and `backgrounds` are what they show: fewer of them are learned sooner.
+    """
 
     resolution: Annotated[int, Field(ge=64, multiple_of=16)]
     count: Annotated[int, Field(ge=1)] = 1000
     seed: int = 0
     include: Annotated[Sequence[Kind], Field(min_length=1)] = ("shapes", "colors")
+    bodies: Numbers = EVERYTHING.bodies
+    colors: Colors = EVERYTHING.colors
+    shapes: Shapes = EVERYTHING.shapes
+    backgrounds: Colors = EVERYTHING.backgrounds
     held_out: Share = 0.1
     cache: Path | None = None
 
     def scan(self) -> Index:
-        folder = write_shapes(self.cache or user_cache(), self.count, self.seed, self.include, self.resolution)
+        words = Vocabulary(self.bodies, self.colors, self.shapes, self.backgrounds)
+        cache = self.cache or user_cache()
+        folder = write_shapes(cache, self.count, self.seed, self.include, self.resolution, words)
         return FolderSource(folder, held_out=self.held_out).scan()

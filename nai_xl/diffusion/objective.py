@@ -33,6 +33,9 @@ class Objective:
     where they look and not in their scale. The expectation is a constant of the choices, computed once for each canvas
     size, rather than a batch's mean: the loss of a sample does not depend on its neighbours, on micro-batches or on
     processes, and arms of an ablation stay paired.
+
+    Without micro_conditioning the network is told of every image that it is whole and as large as its canvas, which is
+    what samples are asked for.
     """
 
     schedule: Schedule
@@ -41,6 +44,7 @@ class Objective:
     weighting: Weighting
     error: PointwiseError = mse
     normalize_weights: bool = False
+    micro_conditioning: bool = True
     _expected: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +105,8 @@ class Objective:
         schedule = self.schedule.for_canvas(height, width)
         level = schedule.at(self.timesteps(batch.u, schedule))
         xt = schedule.add_noise(batch.latents, batch.noise + batch.perturbation, level)
-        condition = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+        time_ids = batch.time_ids if self.micro_conditioning else _whole(batch.time_ids)
+        condition = {"text_embeds": batch.pooled, "time_ids": time_ids}
         prediction = unet(xt, level.t, batch.context, added_cond_kwargs=condition, return_dict=False)[0]
         target = self.parameterization.target(batch.latents, batch.noise, level)
         loss = self.error(prediction, target, level) * self.weighting(level, self.parameterization)
@@ -110,3 +115,9 @@ class Objective:
         if isinstance(self.weighting, Uncertainty):
             loss = loss + self.weighting.log_variance(level)
         return loss * batch.weight, level
+
+
+def _whole(time_ids: Tensor) -> Tensor:
+    """Of images that are as large as their canvases, [B,6]: h, w, 0, 0, h, w."""
+    target = time_ids[:, 4:]
+    return torch.cat([target, torch.zeros_like(target), target], dim=1)

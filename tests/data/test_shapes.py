@@ -1,6 +1,7 @@
 """data=shapes: captions tell the truth about the pictures, and both are functions of (seed, number)."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from nai_xl.data import shapes
 from nai_xl.data.bucketing import AspectBuckets, SquareBucket
 from nai_xl.data.index import open_rgb
-from nai_xl.data.shapes import PAIRS, PALETTE, Picture, Scene, picture, read
+from nai_xl.data.shapes import EVERYTHING, PALETTE, Picture, Scene, picture, read
 from nai_xl.data.sources import ShapesSource
 from nai_xl.errors import UserError
 from nai_xl.model.vae import on_canvas
@@ -85,7 +86,7 @@ def test_everything_occurs_about_as_often_as_it_should() -> None:
     with_bodies = [scene for scene in scenes if scene.number]
     for number in (1, 2, 3, 4):
         assert sum(scene.number == number for scene in with_bodies) == pytest.approx(400, abs=80)
-    assert {(scene.colour, scene.background) for scene in with_bodies} == set(PAIRS)
+    assert {(scene.colour, scene.background) for scene in with_bodies} == set(EVERYTHING.pairs)
     assert {scene.shape for scene in with_bodies} == set(shapes.SHAPES)
     assert {(drawn(n).width, drawn(n).height) for n in range(100)} == {(128, 128), (160, 96), (96, 160), (192, 192)}
 
@@ -104,6 +105,22 @@ def test_only_what_is_included_is_drawn() -> None:
     for include, expected in ((["shapes"], {True}), (["colors"], {False})):
         found = {bool(picture(0, n, include=include, resolution=128).scene.number) for n in range(50)}  # type: ignore[arg-type]
         assert found == expected
+
+
+def test_fewer_things_can_be_asked_for(tmp_path: Path) -> None:
+    less = ShapesSource(64, count=30, bodies=[1, 2], colors=["black", "white"], shapes=["circle"], cache=tmp_path)
+    source = replace(less, backgrounds=["black", "red"])
+    scenes = [read(item.caption) for item in source.scan().items]
+    assert {(s.number, s.shape) for s in scenes if s and s.number} == {(1, "circle"), (2, "circle")}
+    assert {s.background for s in scenes if s} == {"black", "red"}
+    assert {s.colour for s in scenes if s and s.number} == {"black", "white"}
+    whole = ShapesSource(64, count=30, cache=tmp_path).scan()
+    assert whole.items[0].path.parent != source.scan().items[0].path.parent
+
+
+def test_bodies_need_a_colour_that_stands_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no body stands out from its background"):
+        ShapesSource(64, count=30, colors=["red"], backgrounds=["orange"], cache=tmp_path).scan()
 
 
 def test_square_crops_cut_bodies_that_aspect_buckets_keep() -> None:

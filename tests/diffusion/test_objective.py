@@ -88,6 +88,14 @@ def test_network_is_called_the_way_diffusers_expects() -> None:
     torch.testing.assert_close(unet.x, FINITE.add_noise(data.latents, data.noise, FINITE.at(unet.t)))
 
 
+def test_without_micro_conditioning_every_image_is_said_to_be_whole() -> None:
+    unet, data = FakeUnet(), batch([0.1, 0.9])
+    Objective(FINITE, V(), timesteps.uniform, loss.uniform, micro_conditioning=False)(unet, data)
+    told = unet.rest["added_cond_kwargs"]["time_ids"]
+    target = data.time_ids[:, 4:]
+    assert torch.equal(told, torch.cat([target, torch.zeros(2, 2), target], dim=1))
+
+
 def test_half_precision_prediction_gives_a_single_precision_loss() -> None:
     def half(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
         return (x.bfloat16(),)

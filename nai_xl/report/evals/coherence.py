@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from nai_xl.data.shapes import NUMBERS, Scene, contrast, draw_scene
+from nai_xl.data.shapes import EVERYTHING, Colors, Numbers, Scene, Shapes, Vocabulary, contrast, draw_scene
 from nai_xl.report.evals.bodies import find_bodies
 from nai_xl.report.evals.painting import PaintedPrompts
 from nai_xl.rng import draws
@@ -26,19 +26,28 @@ SEED = 0  # of the prompts: the same for every run
 
 @dataclass(frozen=True)
 class Coherence(PaintedPrompts):
-    """Prompts of `count` scenes of data=shapes, as many of one body as of two, three and four.
+    """Prompts of `count` scenes of data=shapes, of every number of bodies alike many.
+
+    `bodies`, `colors`, `shapes` and `backgrounds` are those of the prompts: take what the training pictures show.
 
     coherence/count_error is the mean of |found - prompted|, coherence/surplus of found - prompted, coherence/right the
     share of samples with the prompted number, coherence/cut the share of a sample's bodies that touch the border.
     """
 
     count: Annotated[int, Field(ge=1)] = 8
+    bodies: Numbers = EVERYTHING.bodies
+    colors: Colors = EVERYTHING.colors
+    shapes: Shapes = EVERYTHING.shapes
+    backgrounds: Colors = EVERYTHING.backgrounds
 
     @cached_property
     def scenes(self) -> Mapping[str, Scene]:
         """Name -> scene; the name tells the prompt's number of bodies."""
-        drawn = (draw_scene(draws(SEED, place), ["shapes"]) for place in range(100 * self.count))
-        wanted = {number: self.count // 4 + (number <= self.count % 4) for number in range(1, len(NUMBERS) + 1)}
+        words = Vocabulary(self.bodies, self.colors, self.shapes, self.backgrounds)
+        drawn = (draw_scene(draws(SEED, place), ["shapes"], words) for place in range(100 * self.count))
+        numbers = sorted(set(self.bodies))
+        each, rest = divmod(self.count, len(numbers))
+        wanted = {number: each + (place < rest) for place, number in enumerate(numbers)}
         chosen = []
         for scene in drawn:
             if wanted[scene.number]:

@@ -94,6 +94,13 @@ def test_prompts_are_of_all_numbers_alike_and_always_the_same() -> None:
     assert Coherence(every=1, count=10).prompts() == evaluator.prompts()
 
 
+def test_prompts_can_be_of_fewer_things() -> None:
+    evaluator = Coherence(every=1, count=5, bodies=[3, 1], colors=["black", "white"], shapes=["circle"])
+    scenes = [scene for text in evaluator.texts([]) if (scene := read(text))]
+    assert sorted(scene.number for scene in scenes) == [1, 1, 1, 3, 3]
+    assert {(scene.shape, scene.colour) for scene in scenes} <= {("circle", "black"), ("circle", "white")}
+
+
 @pytest.mark.parametrize("surplus", [0, -1])
 def test_what_it_says_of_painted_truths(studio: Make, monkeypatch: pytest.MonkeyPatch, surplus: int) -> None:
     def painted(_: Painter, prompts: Any, seed: int, *, batch: int) -> list[Image.Image]:
