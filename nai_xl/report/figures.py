@@ -172,7 +172,7 @@ def _forest_panel(axis: Axes, metric: str, rows: Sequence[Row]) -> None:
             continue
         _interval(axis, place, row, low, high)
     axis.set_xlim(low, high)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_locator(MaxNLocator(3))
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     good = better_direction(metric)
