@@ -127,7 +127,7 @@ def described(meant: Sequence[Mapping[str, str]], everything: Sequence[Mapping[s
     """These points of a grid as overrides that select them: 'schedule=ztsnr loss=minsnr,uniform'; '' for all."""
     values = {key: dict.fromkeys(point[key] for point in meant) for key in everything[0]}
     if [point for point in everything if all(point[key] in values[key] for key in values)] != list(meant):
-        return "; ".join(" ".join(f"{key}={value}" for key, value in point.items()) for point in meant)
+        return "; ".join(" ".join(f"{key}={value}" for key, value in point.items() if value) for point in meant)
     telling = {key: v for key, v in values.items() if set(v) != {point[key] for point in everything}}
     return " ".join(f"{key}={','.join(v)}" for key, v in telling.items())
 
