@@ -31,6 +31,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
+from hydra_plugins.nai_xl_sweep import as_overrides, listed
 from nai_xl.errors import UserError, one_line
 
 # a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
@@ -243,7 +244,8 @@ def arm(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     given = {override.get_key_element().lstrip("+"): override.get_value_element_as_str() for override in parsed}
-    keys = [str(key) for key in cfg.sweep.varied if key != "run.seed"]
+    # of arms that are listed one by one not all need name every key
+    keys = [str(key) for key in cfg.sweep.varied if key != "run.seed" and (key in given or not cfg.sweep.arms)]
     return {key: _chosen(cfg, key, given.get(key, "")) for key in keys}
 
 
@@ -425,7 +427,8 @@ def combinations(
     """Swept values, choices and config of every combination that a sweep over these overrides has.
 
     Values are split as `--multirun` splits them: 'a=x,y', 'a=range(1,4)' and 'a=glob(*)' are sweeps, 'a=[x,y]' is not.
-    An experiment's own sweep is part of it, less the keys that are overridden. `config_dir`: further config groups.
+    An experiment's own sweep is part of it, less the keys that are overridden, and so are the arms that it lists, each
+    with a value for every key, "" where it has none. `config_dir`: further config groups.
     """
     extra = [] if config_dir is None else [_further(config_dir)]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -434,10 +437,17 @@ def combinations(
         points = list(_points(grid))
         first = compose_all([*extra, *points[0][1]])
         own = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items() if key not in grid]
-        if own:
-            points = list(_points(_grid(own) | grid))
+        arms = listed(first.sweep.arms, OverridesParser.create().parse_overrides(list(overrides)))
+        keys = dict.fromkeys(key for arm in arms for key in arm)
+        if own or arms:
+            rest = {key: values for key, values in (_grid(own) | grid).items() if key.lstrip("+") not in keys}
+            points = [
+                ({**{key: arm.get(key, "") for key in keys}, **swept}, [*point, *as_overrides(arm)])
+                for arm in arms or [{}]
+                for swept, point in _points(rest)
+            ]
         for number, (swept, point) in enumerate(points):
-            cfg = first if number == 0 and not own else compose_all([*extra, *point])
+            cfg = first if number == 0 and not own and not arms else compose_all([*extra, *point])
             cfg, choices, _ = opened(cfg)
             yield swept, choices, cfg
 

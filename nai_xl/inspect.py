@@ -47,9 +47,12 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def inspect(overrides: Sequence[str], config_dir: Path | None = None) -> list[Combination]:
-    """Every combination that the overrides span, in their order."""
-    found = []
-    for swept, choices, cfg in config.combinations(overrides, config_dir):
+    """Every combination that the overrides span, in their order; run.seed, which changes none of it, makes no other."""
+    found: list[Combination] = []
+    for with_seed, choices, cfg in config.combinations(overrides, config_dir):
+        swept = {key: value for key, value in with_seed.items() if key != "run.seed"}
+        if swept in (one.swept for one in found):
+            continue
         combination = Combination(swept, choices)
         try:
             objective = build_objective(cfg)
@@ -128,9 +131,10 @@ def described(meant: Sequence[Mapping[str, str]], everything: Sequence[Mapping[s
     """These points of a grid as overrides that select them: 'schedule=ztsnr loss=minsnr,uniform'; '' for all."""
     values = {key: dict.fromkeys(point[key] for point in meant) for key in everything[0]}
     if [point for point in everything if all(point[key] in values[key] for key in values)] != list(meant):
-        return "; ".join(" ".join(f"{key}={value}" for key, value in point.items()) for point in meant)
+        return "; ".join(" ".join(f"{key}={value}" for key, value in point.items() if value) for point in meant)
     telling = {key: v for key, v in values.items() if set(v) != {point[key] for point in everything}}
-    return " ".join(f"{key}={','.join(v)}" for key, v in telling.items())
+    named = {key: [value for value in v if value] for key, v in telling.items()}  # listed arms need not have every key
+    return " ".join(f"{key}={','.join(v)}" for key, v in named.items() if v)
 
 
 # --- figure -----------------------------------------------------------------------------------------------------------
@@ -142,17 +146,18 @@ def save_figure(combinations: Sequence[Combination], path: Path) -> None:
     of_group = {name: [key for key in swept if key.split(".")[0] == name] for name in ("schedule", "loss")}
     colour = of_group["schedule"] or (of_group["loss"] if len(swept) > 1 else [])
     style = [key for key in swept if key not in colour]
-    arms = [
-        plots.Arm(c.diagnosis, ", ".join(c.swept[k] for k in colour), ", ".join(c.swept[k] for k in style))
-        for c in combinations
-        if c.diagnosis
-    ]
+    arms = [plots.Arm(c.diagnosis, _values(c, colour), _values(c, style)) for c in combinations if c.diagnosis]
     title = headline(combinations[0].choices, swept)
     image = plots.method(arms, title, plots.Legend(", ".join(colour), ", ".join(style)))
     try:
         image.save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--figure {path} cannot be written ({error}); give another place, such as a .png") from error
+
+
+def _values(c: Combination, keys: Iterable[str]) -> str:
+    """As a legend has them; keys that a listed arm does not have are left out."""
+    return ", ".join(c.swept[key] for key in keys if c.swept[key])
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig
@@ -38,15 +38,17 @@ class SweepSettings:
     """What a sweep asks and how it runs; nothing here changes what an arm learns.
 
     name: null is the experiment's name, else the swept keys. baseline: the arm that others are compared with, such as
-    "schedule=ztsnr,loss=uniform". metrics: those that are compared. varied: the swept keys, filled in by Hydra.
-    parallel: arms at a time on this machine. processes: of each arm, one on each GPU; null is 1 with distributed=none,
-    else the arm's share of the GPUs.
+    "schedule=ztsnr,loss=uniform". metrics: those that are compared. arms: where they are no full grid, each one's keys
+    and values; what else is swept multiplies them. varied: the swept keys, filled in by Hydra. parallel: arms at a time
+    on this machine. processes: of each arm, one on each GPU; null is 1 with distributed=none, else the arm's share of
+    the GPUs.
     """
 
     name: str | None = None
     question: str | None = None
     baseline: str | None = None
     metrics: Sequence[str] = ()
+    arms: Sequence[Mapping[str, Any]] = ()
     varied: Sequence[str] = ()
     parallel: Count = 1
     processes: Count | None = None

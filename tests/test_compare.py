@@ -219,6 +219,7 @@ def test_arms_stand_in_natural_order_under_short_names() -> None:
         return list(compared(runs, Question("x")).names.values())
 
     assert names({"loss.gamma": "20"}, {"loss.gamma": "5"}) == ["gamma=5", "gamma=20"]
+    assert names({"a": "x"}, {"a": "y", "g": "5"}, {"a": "y", "g": "20"}) == ["x", "y + g=5", "y + g=20"]
     assert names({"a": "x", "b": "on"}, {"a": "y", "b": "on"}) == ["x", "y"]
     assert names({"a": "x", "ema": "none"}, {"a": "y", "ema": "standard"}) == ["x + ema=none", "y + standard"]
 

@@ -219,6 +219,15 @@ def test_an_experiment_brings_its_own_sweep() -> None:
     assert [row.swept for row in inspect.inspect(["experiment=terminal_step", "loss=minsnr"])] == [{}]
 
 
+def test_an_experiment_whose_arms_are_listed_has_a_row_for_each_whatever_the_seeds(told: Callable[..., str]) -> None:
+    rows = [row.swept for row in inspect.inspect(["experiment=minsnr"])]
+    assert rows[:2] == [{"loss": "uniform", "loss.gamma": ""}, {"loss": "minsnr", "loss.gamma": "1"}]
+    assert [row["loss"] for row in rows[2:]] == ["minsnr", "minsnr", "minsnr_plus_one", "soft_minsnr"]
+    assert [row.swept["loss.gamma"] for row in inspect.inspect(["experiment=minsnr", "loss.gamma=5,20"])] == ["5", "20"]
+    assert "- loss=minsnr,soft_minsnr: the terminal step has weight 0" in told("experiment=minsnr")
+    assert not any(row.refusal for row in inspect.inspect(["experiment=ztsnr"]))
+
+
 def test_sixteen_combinations_with_options_from_outside(told: Callable[..., str], tmp_path: Path) -> None:
     for group, option, text in (
         ("schedule", "steep", "{_target_: nai_xl.diffusion.schedule.scaled_linear, beta_end: 0.03}"),

@@ -13,9 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from hydra_plugins.nai_xl_sweep import varied
+from hydra_plugins.nai_xl_sweep import listed, varied
 from nai_xl import config
 from nai_xl.engine.arm import Arm, ArmNote, read_arm, write_arm
 from nai_xl.engine.processes import Running, Task, run_all
@@ -154,6 +156,28 @@ def test_an_interrupted_sweep_saves_the_arm_under_way_and_begins_no_more(folder:
     assert (folder / "starts.txt").read_text().split() == ["slow"]
 
 
+LISTED = "sweep.arms=[{loss:uniform},{loss:minsnr,loss.gamma:1},{loss:minsnr,loss.gamma:20}]"
+
+
+def test_arms_that_are_listed_one_by_one_are_trained_with_every_seed(
+    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An arm that does not name a key of another one is not named by it either."""
+    command = [f"data.dir={images}", "run.max_images=2", "sweep.parallel=2", LISTED, "run.seed=0,1"]
+    assert sweep(monkeypatch, *command, "loss.gamma=1") == 0
+    found = [read_arm(path.parent) for path in (folder / "outputs").glob("*/arm.json")]
+    assert sorted((arm.label, arm.seed) for arm in found if arm) == [("loss=minsnr,loss.gamma=1", i) for i in (0, 1)]
+    capsys.readouterr()
+    assert sweep(monkeypatch, *command) == 0
+    assert "2 of 6 arms are finished already, 4 to train" in capsys.readouterr().out
+    found = [read_arm(path.parent) for path in (folder / "outputs").glob("*/arm.json")]
+    names = ["loss=minsnr,loss.gamma=1", "loss=minsnr,loss.gamma=20", "loss=uniform"]
+    assert sorted((arm.label, arm.seed) for arm in found if arm) == [(name, i) for name in names for i in (0, 1)]
+    assert {(arm.sweep, arm.status) for arm in found if arm} == {("loss-loss.gamma", "FINISHED")}
+    assert sweep(monkeypatch, *command, "loss=p2") == 1
+    assert "error: loss=p2: no arm of sweep.arms has that; there is uniform, minsnr" in capsys.readouterr().err
+
+
 # --- Hydra's other launchers and sweepers -----------------------------------------------------------------------------
 
 
@@ -202,6 +226,24 @@ def test_what_an_experiment_and_the_command_line_vary() -> None:
     params = {"loss": "uniform,minsnr", "schedule": "ztsnr,cosine", "run.seed": "range(0,3)"}
     assert varied(params, ["schedule=ztsnr", "memory=[sdpa,tf32]"]) == ["loss", "run.seed"]
     assert varied({}, ["+loss.gamma=1,5", "a='x,y'", "'memory=[a],[]'".strip("'")]) == ["loss.gamma", "memory"]
+
+
+def test_listed_arms_are_named_first_and_picked_by_values_given_beside_them() -> None:
+    arms = [{"schedule": "ztsnr", "noise.offset": 0}, {"schedule": "ztsnr", "noise.offset": 0.1}, {"memory": ["tf32"]}]
+    typed = [{"schedule": "ztsnr", "noise.offset": "0"}, {"schedule": "ztsnr", "noise.offset": "0.1"}]
+    assert varied({"run.seed": "0,1", "schedule": "a,b"}, [], arms) == [
+        "schedule",
+        "noise.offset",
+        "memory",
+        "run.seed",
+    ]
+    parse = OverridesParser.create().parse_overrides
+    assert listed(arms, parse(["loss=a,b"])) == [*typed, {"memory": "[tf32]"}]
+    assert listed(arms, parse(["schedule=ztsnr"])) == typed
+    assert listed(arms, parse(["schedule=ztsnr,cosine", "noise.offset=0.1"])) == typed[1:]
+    assert listed(arms, parse(["memory=[tf32]"])) == [{"memory": "[tf32]"}]
+    with pytest.raises(HydraException, match=r"noise\.offset=1: no arm of sweep\.arms has that; there is 0, 0\.1"):
+        listed(arms, parse(["noise.offset=1"]))
 
 
 def test_an_arm_is_named_by_the_values_of_what_varies() -> None:

@@ -1,16 +1,20 @@
-"""What Hydra has to find by itself: the launcher hydra/launcher=arms, and the callback that names what a sweep varies.
+"""What Hydra has to find by itself: the launcher hydra/launcher=arms, the sweeper hydra/sweeper=arms for arms that are
+listed one by one, and the callback that names what a sweep varies.
 
 Hydra imports this in every program, so it imports nothing but Hydra; the work is done in nai_xl.sweep.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -20,7 +24,13 @@ class ArmsLauncherConf:
     _target_: str = "hydra_plugins.nai_xl_sweep.ArmsLauncher"
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="arms", node=ArmsLauncherConf, provider="nai_xl")
+@dataclass
+class ArmsSweeperConf(BasicSweeperConf):
+    _target_: str = "hydra_plugins.nai_xl_sweep.ArmsSweeper"
+
+
+for group, node in (("launcher", ArmsLauncherConf), ("sweeper", ArmsSweeperConf)):
+    ConfigStore.instance().store(group=f"hydra/{group}", name="arms", node=node, provider="nai_xl")
 
 
 class ArmReturn(JobReturn):
@@ -50,21 +60,70 @@ class ArmsLauncher(BasicLauncher):
         return returns
 
 
+class ArmsSweeper(BasicSweeper):
+    """Hydra's own sweeper. Where sweep.arms lists arms one by one, each of them with every combination of the rest."""
+
+    def split_arguments(  # type: ignore[override]  # static in Hydra, which calls it on the object
+        self, overrides: Sequence[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        arms = listed(OmegaConf.select(self.config, "sweep.arms") or [], overrides)
+        rest = [override for override in overrides if not any(_key(override) in arm for arm in arms)]
+        (points,) = BasicSweeper.split_arguments(rest, None)
+        jobs = [[*as_overrides(arm), *point] for arm in arms or [{}] for point in points]
+        return list(BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size))
+
+
+def listed(arms: Sequence[Mapping[str, Any]], overrides: Sequence[Override]) -> list[dict[str, str]]:
+    """The arms of sweep.arms, key -> value as one types it. A value among the overrides picks the arms that have it.
+
+    Raises HydraException where it picks none.
+    """
+    found = [{str(key): _typed(value) for key, value in arm.items()} for arm in arms]
+    for override in overrides:
+        key = _key(override)
+        if any(key in arm for arm in found):
+            several = override.is_discrete_sweep()
+            wanted = [*override.sweep_string_iterator()] if several else [override.get_value_element_as_str()]
+            known = ", ".join(dict.fromkeys(arm[key] for arm in found if key in arm))
+            found = [arm for arm in found if arm.get(key) in wanted]
+            if not found:
+                raise HydraException(f"{key}={','.join(wanted)}: no arm of sweep.arms has that; there is {known}")
+    return found
+
+
+def as_overrides(arm: Mapping[str, str]) -> list[str]:
+    """The overrides that make this arm."""
+    return [f"{key}={value}" for key, value in arm.items()]
+
+
+def _key(override: Override) -> str:
+    return override.get_key_element().lstrip("+")
+
+
+def _typed(value: Any) -> str:
+    """A value of a yaml as an override on the command line has it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return f"[{','.join(map(_typed, value))}]" if several else str(value)
+
+
 class NameSweep(Callback):
     """Gives every job of a sweep two overrides, whatever the launcher: the sweep's name and the keys that it varies."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         overrides = config.hydra.overrides.task
-        keys = varied(OmegaConf.select(config, "hydra.sweeper.params") or {}, overrides)
+        keys = varied(OmegaConf.select(config, "hydra.sweeper.params") or {}, overrides, config.sweep.arms)
         choices = config.hydra.runtime.choices
         name = config.sweep.name or choices.get("experiment") or "-".join(key for key in keys if key != "run.seed")
         with read_write(config), open_dict(config):
             overrides += [f"sweep.name={name or 'seeds'}", f"sweep.varied=[{','.join(keys)}]"]
 
 
-def varied(params: Any, overrides: Sequence[str]) -> list[str]:
-    """The keys given several values, by an experiment or on the command line, which goes before."""
+def varied(params: Any, overrides: Sequence[str], arms: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """The keys given several values: by listed arms, by an experiment, or on the command line, which goes before."""
     given = [*(f"{key}={value}" for key, value in params.items()), *overrides]
     parsed = OverridesParser.create().parse_overrides(given)
-    swept = {str(override.get_key_element()).lstrip("+"): override.is_sweep_override() for override in parsed}
-    return [key for key, several in swept.items() if several]
+    swept = {_key(override): override.is_sweep_override() for override in parsed}
+    of_arms = dict.fromkeys(str(key) for arm in arms for key in arm)
+    return [*of_arms, *(key for key, several in swept.items() if several and key not in of_arms)]

@@ -115,7 +115,8 @@ class Comparison:
     @cached_property
     def names(self) -> dict[str, str]:
         """Each arm's label -> as few words as tell it from the others: 'ztsnr + minsnr', 'gamma=5'."""
-        varied = [key for key in self.arms[0].choices if len({arm.choices.get(key) for arm in self.arms}) > 1]
+        keys = dict.fromkeys(key for arm in self.arms for key in arm.choices)
+        varied = [key for key in keys if len({arm.choices.get(key) for arm in self.arms}) > 1]
         short = {
             arm.label: " + ".join(_told(key, arm.choices[key]) for key in varied if key in arm.choices)
             for arm in self.arms
