@@ -220,6 +220,7 @@ def test_arms_stand_in_natural_order_under_short_names() -> None:
 
     assert names({"loss.gamma": "20"}, {"loss.gamma": "5"}) == ["gamma=5", "gamma=20"]
     assert names({"a": "x"}, {"a": "y", "g": "5"}, {"a": "y", "g": "20"}) == ["x", "y + g=5", "y + g=20"]
+    assert names({"a.n": "1", "b.n": "5"}, {"a.n": "2", "b.n": "6"}) == ["a.n=1 + b.n=5", "a.n=2 + b.n=6"]
     assert names({"a": "x", "b": "on"}, {"a": "y", "b": "on"}) == ["x", "y"]
     assert names({"a": "x", "ema": "none"}, {"a": "y", "ema": "standard"}) == ["x + ema=none", "y + standard"]
 

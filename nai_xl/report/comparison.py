@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -118,8 +119,7 @@ class Comparison:
         keys = dict.fromkeys(key for arm in self.arms for key in arm.choices)
         varied = [key for key in keys if len({arm.choices.get(key) for arm in self.arms}) > 1]
         short = {
-            arm.label: " + ".join(_told(key, arm.choices[key]) for key in varied if key in arm.choices)
-            for arm in self.arms
+            arm.label: _in_short({key: arm.choices[key] for key in varied if key in arm.choices}) for arm in self.arms
         }
         return short if len({*short.values()} - {""}) == len(short) else {label: label for label in short}
 
@@ -145,10 +145,19 @@ class Comparison:
         return [row for row in self.rows if row.metric == metric]
 
 
-def _told(key: str, value: str) -> str:
-    """A value that says something by itself, such as a group's option; others with the end of their key."""
-    bare = value in ("true", "false", "null", "none", "[]") or re.fullmatch(r"[-+.\deE]+", value)
-    return f"{key.rpartition('.')[2]}={value}" if bare or "." in key else value
+def _in_short(choices: Mapping[str, str]) -> str:
+    """Values that say something by themselves, such as a group's option; others with the end of their key.
+
+    Keys of one end, native.resolution and schedule.resolution, are told in full.
+    """
+    ends = Counter(key.rpartition(".")[2] for key in choices)
+
+    def told(key: str, value: str) -> str:
+        end = key.rpartition(".")[2]
+        bare = value in ("true", "false", "null", "none", "[]") or re.fullmatch(r"[-+.\deE]+", value)
+        return f"{end if ends[end] == 1 else key}={value}" if bare or "." in key else value
+
+    return " + ".join(told(key, value) for key, value in choices.items())
 
 
 def compare(runs: Sequence[Run], asked: Question) -> Comparison:
