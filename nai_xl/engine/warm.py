@@ -32,7 +32,8 @@ def warm_up(
     generator = torch.Generator().manual_seed(0)
     unet.train()
     # every block lies between the loss and the first layer, so that its gradient alone runs all of their backward
-    # passes, keeps no other gradient, and calls none of the hooks that wait for one to be accumulated
+    # passes, keeps no other gradient, and calls none of the hooks that wait for one to be accumulated. Blocks that are
+    # compiled are checkpointed by torch, which allows that
     first = next(unet.parameters())
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     for bucket in sorted(set(buckets)):

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_xl import config
-from nai_xl.engine.memory import attention, offload
+from nai_xl.engine.memory import attention, checkpointing, offload
 from nai_xl.engine.memory.attention import AttentionSlicing, Sdpa
 from nai_xl.engine.memory.checkpointing import GradientCheckpointing
 from nai_xl.engine.memory.layout import ChannelsLast
@@ -128,6 +128,39 @@ def test_dropout_alone_has_the_random_state_kept(blocks: Any, dropout: float, mo
     for found, gradient in zip(gradients(GradientCheckpointing(blocks)), expected, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     assert bool(read) == (dropout > 0)
+
+
+def test_torch_recomputes_where_our_own_way_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_torch: list[object] = []
+    torchs = checkpointing.checkpoint
+    monkeypatch.setattr(checkpointing, "checkpoint", lambda *a, **k: (by_torch.append(a[0]), torchs(*a, **k))[1])
+
+    def blocks(unet: Any) -> set[object]:
+        by_torch.clear()
+        loss_of(unet).backward()
+        return set(by_torch)
+
+    unet = unet_with(Sdpa(), GradientCheckpointing())
+    assert not blocks(unet)
+    one = unet.mid_block.resnets[1]
+    one._compiled_call_impl = one._call_impl  # as Module.compile leaves it
+    assert blocks(unet) == {one}
+    unet.conv_in.requires_grad_(False)
+    unet.time_embedding.requires_grad_(False)
+    unet.add_embedding.requires_grad_(False)
+    assert unet.down_blocks[0].resnets[0] in blocks(unet)
+    with monkeypatch.context() as several:
+        several.setattr(torch.distributed, "is_initialized", lambda: True)
+        assert len(blocks(unet)) > 10
+
+
+def test_a_gate_reads_what_comes_before_it() -> None:
+    plain, gated = (
+        BasicTransformerBlock(8, 1, 8, norm_type=kind, num_embeds_ada_norm=4 if "ada" in kind else None)
+        for kind in ("layer_norm", "ada_norm_zero")
+    )
+    assert checkpointing._ends(plain) == [plain.ff.net[-1]]
+    assert checkpointing._ends(gated) == []
 
 
 @pytest.mark.parametrize("blocks", ["all", "transformer", "ff"])

@@ -57,6 +57,16 @@ def test_layers_are_themselves_again_afterwards() -> None:
     assert layer(torch.ones(1, 3)).any()
 
 
+def watched(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def wrapped(layer: nn.Module) -> nn.Module:
+    layer.forward = layer.forward  # as accelerate's hooks do
+    return layer
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -67,6 +77,8 @@ def test_layers_are_themselves_again_afterwards() -> None:
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
         nn.Sequential(nn.Linear(4, 4)),
         type("Float8Linear", (nn.Linear,), {})(4, 4),
+        watched(nn.Linear(4, 4)),
+        wrapped(nn.Linear(4, 4)),
         None,
     ],
 )
@@ -86,8 +98,12 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("more", [None, torch.linspace(-1, 1, 16)])
-def test_a_block_has_the_gradients_that_it_has_without(bf16: bool, frozen: bool, more: Tensor | None) -> None:
+def test_a_block_has_the_gradients_that_it_has_without(
+    bf16: bool, frozen: bool, inside: bool, more: Tensor | None
+) -> None:
+    """Training calls the backward pass outside of autocast; inside, casts without a graph must not be used again."""
     block = Residual()
     block.first.weight.requires_grad_(not frozen)
     x = torch.randn(3, 5, 8)
@@ -98,7 +114,8 @@ def test_a_block_has_the_gradients_that_it_has_without(bf16: bool, frozen: bool,
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             inputs = (leaf * 2, 0.5, more)
             y = recomputed(block, [block.last], *inputs) if again else block(*inputs)
-        y.square().mean().backward()  # outside of autocast, as training does it
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside and bf16):
+            y.float().square().mean().backward()
         return [leaf.grad, *(p.grad for p in block.parameters())]
 
     for found, expected in zip(step(True), step(False), strict=True):

@@ -83,7 +83,7 @@ def _ends(function: Any) -> list[nn.Module]:
     last: list[Any] = []
     if isinstance(block, ResnetBlock2D):
         last = [block.conv2, block.conv_shortcut]
-    elif isinstance(block, BasicTransformerBlock):
+    elif isinstance(block, BasicTransformerBlock) and block.norm_type == "layer_norm":  # others have a gate after it
         last = [block.ff.net[-1]]
     elif isinstance(block, FeedForward):
         last = [block.net[-1]]

@@ -7,7 +7,7 @@ tensor by which torch finds out; on a CPU they cost about as much as the recompu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,12 +36,14 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.autograd._is_checkpoint_valid():
-            raise RuntimeError("a recomputed block knows Tensor.backward() only, not torch.autograd.grad()")
+            raise RuntimeError(
+                "a recomputed block knows Tensor.backward() only, not torch.autograd.grad(); "
+                "'~memory.gradient_checkpointing' goes without"
+            )
         args = list(ctx.others)
         for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
             args[place] = saved.detach().requires_grad_(saved.requires_grad)
-        precision = torch.autocast(ctx.device, ctx.dtype) if ctx.dtype else nullcontext()
-        with torch.enable_grad(), precision, unread(ctx.ends):
+        with torch.enable_grad(), _as_then(ctx.device, ctx.dtype), unread(ctx.ends):
             result = ctx.function(*args)
         torch.autograd.backward(result, gradient)
         return None, None, *(arg.grad if isinstance(arg, Tensor) else None for arg in args)
@@ -50,8 +52,20 @@ class Recomputed(torch.autograd.Function):
 recomputed: Callable[..., Tensor] = Recomputed.apply
 
 
+def _as_then(kind: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast as in the forward pass. Casts that it kept without a graph must not be used: cache_enabled=False."""
+    if dtype is None and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 def can_be_unread(layer: Any) -> bool:
-    """Whether `unread` knows the layer: a plain linear one, or a plain convolution that keeps height and width."""
+    """Whether `unread` knows the layer: a plain linear one, or a plain convolution that keeps height and width.
+
+    Nobody may look at its value: no hook, and no forward of somebody else's.
+    """
+    if not isinstance(layer, nn.Module) or "forward" in vars(layer) or layer._forward_hooks:
+        return False
     if type(layer) is nn.Conv2d:
         keeps_size = layer.padding == tuple((edge - 1) / 2 for edge in layer.kernel_size)
         return keeps_size and layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"

@@ -173,6 +173,10 @@ def features(extractor: nn.Module, images: Tensor) -> Tensor:
     wanted = {argument.name for argument in schema.arguments} if schema else set()
     try:
         found = extractor(images, return_features=True) if "return_features" in wanted else extractor(images)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{INCEPTION}: out of memory with {len(images)} images; set a smaller evals.quality.batch"
+        ) from error
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"{INCEPTION}: takes no uint8 images {list(images.shape)} ({last[:300]})") from error
