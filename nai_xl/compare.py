@@ -42,7 +42,7 @@ from nai_xl.report.runs import (
     sweep_directories,
     varied_only,
 )
-from nai_xl.report.wording import about, answer, change, interval, markdown, number, p_value, percent, remarks
+from nai_xl.report.wording import about, answer, change, interval, markdown, narrower, number, p_value, percent, remarks
 
 SOURCES = ("experiment", "sweep", "runs")
 EXPERIMENT = "nai_xl"  # in MLflow, as conf/tracker/mlflow.yaml has it
@@ -245,7 +245,7 @@ def _alike(one: Diagnosis, other: Diagnosis) -> bool:
 
 CSV_COLUMNS = (
     "metric arm baseline verdict mean baseline_mean difference percent low high p p_holm df bootstrap_low "
-    "bootstrap_high unpaired_half_width times_narrower seeds items step images notes"
+    "bootstrap_high unpaired_half_width times_narrower times_narrower_seeds seeds items step images notes"
 ).split()
 
 
@@ -271,6 +271,7 @@ def tidy(found: Comparison, row: Row) -> dict[str, object]:
         "bootstrap_high": high,
         "unpaired_half_width": e and e.unpaired,
         "times_narrower": e and e.factor,
+        "times_narrower_seeds": e and e.factor_seeds,
         "seeds": " ".join(map(str, row.seeds)),
         "items": e and e.items,
         "step": row.step,
@@ -362,7 +363,7 @@ def table(found: Comparison) -> Table:
     made = Table(box=None, padding=(0, 1), title=Text(about(found), style="bold"), title_justify="left")
     made.add_column("arm", no_wrap=True)
     made.add_column("", no_wrap=True)
-    for heading in ("mean", "difference", "", "95 % interval", "p (Holm)", "seeds x items"):
+    for heading in ("mean", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing", "seeds x items"):
         made.add_column(heading, justify="right", no_wrap=True)
     for metric in found.metrics:
         rows = found.of(metric)
@@ -379,6 +380,7 @@ def table(found: Comparison) -> Table:
                 percent(row),
                 interval(row) if e else "",
                 p_value(row.p_holm) if e else "",
+                narrower(row) if e else "",
                 f"{e.seeds} x {e.items}" if e else "",
             )
     return made

@@ -10,7 +10,7 @@ from html import escape
 from nai_xl.report.comparison import Comparison, Row
 from nai_xl.report.figures import Drawn
 from nai_xl.report.runs import word
-from nai_xl.report.wording import DASH, about, answer, change, interval, number, p_value, percent, remarks
+from nai_xl.report.wording import DASH, about, answer, change, interval, narrower, number, p_value, percent, remarks
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1f2329; --soft: #5f6773; --line: #e0e3e8;
@@ -61,7 +61,8 @@ HOW_TO_READ = """
   Satterthwaite's degrees of freedom). It is for this comparison alone.</li>
 <li><b>p (Holm)</b> is adjusted for all arms and metrics here: a verdict needs it below 0.05, so an interval
   may leave out 0 while nothing is shown.</li>
-<li><b>Narrower by pairing</b>: how many times wider the interval would be if the arms shared no seed.</li>
+<li><b>Narrower by pairing</b>: how many times wider the interval would be if each arm had seeds and items of its own;
+  in brackets, with seeds of its own but the same items. Below 1, pairing has cost more than it gave.</li>
 <li><b>No difference shown</b> is not "equal": the interval says which differences are still possible.</li>
 <li>The percentile bootstrap is in results.csv for comparison. With few seeds it is too narrow to judge by.</li>
 </ul>
@@ -140,7 +141,7 @@ def _result(row: Row, name: str) -> str:
         f"<td>{percent(row)}</td>",
         f"<td>{interval(row)}</td>",
         f"<td>{p_value(row.p_holm)}</td>",
-        f"<td>{f'{number(e.factor, digits=2)} x' if e and e.factor else DASH}</td>",
+        f"<td>{narrower(row)}</td>",
         f"<td>{f'{e.seeds} x {e.items}' if e and e.items > 1 else e.seeds if e else DASH}</td>",
     ]
     return f'<tr class="{side}">{"".join(cells)}</tr>'

@@ -121,16 +121,35 @@ def _continued_fraction(a: float, b: float, x: float) -> float:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The variance of a grand mean over seeds and items, by its parts, with degrees of freedom for each."""
+class Part:
+    """A share of the variance of a mean, with the degrees of freedom that it was estimated with."""
 
-    seeds: float  # of the mean, from seed to seed
-    items: float  # what the choice of items adds
-    df: float
+    variance: float
+    df: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The variance of a mean as the sum of independently estimated parts; `df` are [Satterthwaite]'s for the sum."""
+
+    parts: tuple[Part, ...]
 
     @property
     def variance(self) -> float:
-        return self.seeds + self.items
+        return sum(part.variance for part in self.parts)
+
+    @property
+    def df(self) -> float:
+        """By shares: the square of a variance can be too small for a float. Those of the first part if all are 0."""
+        whole = self.variance
+        if not whole:
+            return self.parts[0].df
+        return 1 / sum((part.variance / whole) ** 2 / part.df for part in self.parts)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval."""
+        return critical_t(self.df) * math.sqrt(self.variance) if self.variance else 0.0
 
 
 def spread(table: Array) -> Spread:
@@ -138,24 +157,25 @@ def spread(table: Array) -> Spread:
 
     Seeds and items are crossed, so the table has two ways of varying, and values that share a seed or an item are not
     independent: var(mean) = (MS_S + MS_I - MS_SI) / SI with expected mean squares of the two-way layout ([Clark];
-    [Hillis]: every item is read by every seed). The items' part is never less than 0, so the whole is never less than
-    the variance of the S means of seeds. Degrees of freedom are [Satterthwaite]'s for a sum of two parts with S - 1 and
-    I - 1, as [Hillis] has them but for the second, which counts where items are few; without an items' part they are
-    S - 1: the plain t-interval over seeds. With S = 1 only the items vary.
+    [Hillis]: every item is read by every seed). Its parts are the seeds', MS_S / SI with S - 1 degrees of freedom, and
+    what the items add, never less than 0, with I - 1; so the whole is never less than the variance of the S means of
+    seeds, and without an items' part it is the plain t-interval over seeds. [Hillis] leaves out the second degrees of
+    freedom, which count where items are few. With S = 1 only the items vary, with I = 1 only the seeds.
     """
     seeds, items = table.shape
     if seeds == 1:
-        return Spread(0.0, float(table.var(ddof=1)) / items, items - 1)
-    by_seed = float(table.mean(1).var(ddof=1)) / seeds
-    if items == 1:
-        return Spread(by_seed, 0.0, seeds - 1)
+        return Spread((Part(float(table.var(ddof=1)) / items, items - 1),))
+    of_seeds = Part(float(table.mean(1).var(ddof=1)) / seeds, seeds - 1)
+    return Spread((of_seeds,)) if items == 1 else Spread((of_seeds, _of_items(table)))
+
+
+def _of_items(table: Array) -> Part:
+    """(MS_I - MS_SI) / SI, not below 0."""
+    seeds, items = table.shape
     by_item = float(table.mean(0).var(ddof=1)) / items  # MS_I / SI
     rest = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     both = float((rest**2).sum()) / ((seeds - 1) * (items - 1)) / (seeds * items)  # MS_SI / SI
-    added = max(by_item - both, 0.0)
-    uncertain = by_seed**2 / (seeds - 1) + added**2 / (items - 1)
-    # without any spread, or with one too small for its square to be a float, there is nothing to divide by
-    return Spread(by_seed, added, (by_seed + added) ** 2 / uncertain if uncertain else seeds - 1)
+    return Part(max(by_item - both, 0.0), items - 1)
 
 
 @dataclass(frozen=True)
@@ -168,16 +188,25 @@ class Effect:
     p: float | None  # two-sided, of this comparison alone
     df: float | None
     bootstrap: tuple[float, float] | None  # beside it, for who asks; too narrow with few seeds
-    unpaired: float | None  # half the width the interval would have with other seeds in each arm
+    unpaired: float | None  # half the width that the interval would have if each arm had other seeds and other items
+    unpaired_seeds: float | None  # the same with other seeds, but the same items; None with a single seed
     seeds: int
     items: int  # 1: the metric has no items
 
     @property
     def factor(self) -> float | None:
         """How many times wider the interval would be without pairing; None where the paired one has no width."""
-        if self.low is None or self.high is None or self.unpaired is None or self.high <= self.low:
+        return self._times(self.unpaired)
+
+    @property
+    def factor_seeds(self) -> float | None:
+        """The share of the pairing of seeds in `factor`: how many times wider with other seeds but the same items."""
+        return self._times(self.unpaired_seeds)
+
+    def _times(self, half: float | None) -> float | None:
+        if self.low is None or self.high is None or half is None or self.high <= self.low:
             return None
-        return 2 * self.unpaired / (self.high - self.low)
+        return 2 * half / (self.high - self.low)
 
 
 def effect(arm: Array, baseline: Array) -> Effect:
@@ -189,26 +218,26 @@ def effect(arm: Array, baseline: Array) -> Effect:
     """
     table = arm - baseline
     mean = float(table.mean())
-    seeds, items = table.shape
+    shape = seeds, _ = table.shape
     if table.size == 1:
-        return Effect(mean, None, None, None, None, None, None, seeds, items)
+        return Effect(mean, None, None, None, None, None, None, None, *shape)
+    found, apart = spread(table), Spread(spread(arm).parts + spread(baseline).parts)
+    unpaired = apart.half_width or None
+    unpaired_seeds = _other_seeds(arm, baseline).half_width or None if seeds > 1 else None
     if not table.any():  # the same numbers in both arms: nothing to be uncertain of
-        return Effect(
-            0.0, 0.0, 0.0, 1.0, spread(table).df, (0.0, 0.0), unpaired_half_width(arm, baseline), seeds, items
-        )
-    found = spread(table)
-    half, p = _t_interval(mean, found.variance, found.df)
-    return Effect(
-        mean, mean - half, mean + half, p, found.df, bootstrap(table), unpaired_half_width(arm, baseline), seeds, items
-    )
+        return Effect(0.0, 0.0, 0.0, 1.0, found.df, (0.0, 0.0), unpaired, unpaired_seeds, *shape)
+    half, error = found.half_width, math.sqrt(found.variance)
+    # without any spread the difference is the same everywhere, and certain
+    p = two_sided_p(mean / error, found.df) if error else float(mean == 0)
+    return Effect(mean, mean - half, mean + half, p, found.df, bootstrap(table), unpaired, unpaired_seeds, *shape)
 
 
-def _t_interval(mean: float, variance: float, df: float) -> tuple[float, float]:
-    """Half the 95 % interval's width, and the two-sided p of the mean being 0."""
-    error = math.sqrt(variance)
-    if error == 0:
-        return 0.0, float(mean == 0)  # the same difference everywhere, such as none at all
-    return critical_t(df) * error, two_sided_p(mean / error, df)
+def _other_seeds(arm: Array, baseline: Array) -> Spread:
+    """Of the difference of means had the arms other seeds: [Welch]'s parts, and what the items add to the difference,
+    which they still share.
+    """
+    seeds = tuple(spread(table).parts[0] for table in (arm, baseline))
+    return Spread(seeds + spread(arm - baseline).parts[1:])
 
 
 def bootstrap(table: Array, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -220,22 +249,6 @@ def bootstrap(table: Array, resamples: int = RESAMPLES) -> tuple[float, float]:
     means = ((rows @ table) * columns).sum(1)
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
-
-
-def unpaired_half_width(arm: Array, baseline: Array) -> float | None:
-    """Half the 95 % interval of the difference had the arms' seeds nothing in common: [Welch]'s over seeds. The items
-    would still be the same, so their part is that of the paired interval. None with a single seed.
-    """
-    seeds = arm.shape[0]
-    if seeds < 2:
-        return None
-    first, second = (float(table.mean(1).var(ddof=1)) / seeds for table in (arm, baseline))
-    items = spread(arm - baseline).items
-    uncertain = (first**2 + second**2) / (seeds - 1)
-    if not uncertain:
-        return None
-    variance = first + second + items
-    return critical_t(variance**2 / uncertain) * math.sqrt(variance)
 
 
 def holm(p: Sequence[float]) -> list[float]:

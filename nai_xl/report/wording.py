@@ -31,6 +31,15 @@ def interval(row: Row) -> str:
     return f"{change(row.effect.low)} to {change(row.effect.high)}"
 
 
+def narrower(row: Row) -> str:
+    """'5.5 x (seeds 1.6 x)': how many times pairing narrows the interval; with items, seeds alone."""
+    e = row.effect
+    if e is None or e.factor is None:
+        return DASH
+    whole = f"{number(e.factor, digits=2)} x"
+    return f"{whole} (seeds {number(e.factor_seeds, digits=2)} x)" if e.items > 1 and e.factor_seeds else whole
+
+
 def p_value(p: float | None) -> str:
     return DASH if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
@@ -118,11 +127,12 @@ def remarks(found: Comparison) -> list[str]:
 
 def markdown(found: Comparison) -> str:
     """The question, the answers and the table, short enough to stand in a README or in MLflow."""
-    rows = ["| metric | arm | verdict | difference | | 95 % interval | p (Holm) |", "|---|---|---|---|---|---|---|"]
+    columns = ["metric", "arm", "verdict", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in found.rows:
         cells = [row.metric, found.names[row.arm], row.verdict]
         size = change(row.effect.difference) if row.effect else DASH
-        cells += [size, percent(row), interval(row), p_value(row.p_holm)]
+        cells += [size, percent(row), interval(row), p_value(row.p_holm), narrower(row)]
         rows.append(f"| {' | '.join(cells)} |")
     answers = [f"- **{metric}**: {answer(found, metric)}" for metric in found.metrics]
     notes = [f"- {note}" for note in [*found.notes, *remarks(found)]]
