@@ -75,6 +75,8 @@ def two_sided_p(t: float, df: float) -> float:
     """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom, which need not be whole ([DLMF] 8.17)."""
     if math.isinf(t):
         return 0.0
+    if abs(t) < 1:  # from the other side: there df / (df + t t) rounds to 1
+        return 1 - _incomplete_beta(0.5, df / 2, t * t / (df + t * t))
     return _incomplete_beta(df / 2, 0.5, df / (df + t * t))
 
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -16,6 +16,7 @@ from nai_xl.report.paired import Array, Effect, effect, holm, spread
 
 
 @given(st.floats(0, 1e4))
+@example(1e-8)
 def test_p_of_one_and_two_degrees_of_freedom_has_a_closed_form(t: float) -> None:
     assert paired.two_sided_p(t, 1) == pytest.approx(2 / math.pi * math.atan2(1, t), rel=1e-9)
     assert paired.two_sided_p(t, 2) == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-9)
