@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PICTURES = "Model metrics"  # the pages' own group of charts, where pictures are
+CHOICES = "choices against results"
 ENDS = {"FAILED": "FAILED", "STOPPED": "KILLED"}  # words of arm.json -> words of MLflow
 NOTE = "mlflow.note.content"  # MLflow's description of a run or an experiment, in Markdown
 NOTE_LENGTH, METRICS_PER_REQUEST = 8000, 1000
@@ -67,14 +68,16 @@ def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, 
     """
     columns = ["attributes.`Duration`", *(f"params.`{key}`" for key in dict.fromkeys([*keys, "run.seed"]))]
     compared = list(metrics) or ["train/loss"]
-    groups = dict.fromkeys([*(name.rpartition("/")[0] for name in compared if "/" in name), PICTURES, "train", "perf"])
+    own = (name.rpartition("/")[0] for name in compared if "/" in name)
+    groups = dict.fromkeys([CHOICES, *own, PICTURES, "train", "perf"])
+    heights = {CHOICES: 420, PICTURES: 700}  # of the charts that take the whole width
     return {
         "searchFilter": f"tags.`{member_tag(sweep)}` = 'arm'",
         "orderByKey": "attributes.start_time",
         "orderByAsc": True,
         "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in compared)],
         "runsHiddenMode": "SHOW_ALL",  # without it, charts leave out every arm after the tenth
-        "compareRunCharts": [_pictures(name) for name in ("samples", "method")],
+        "compareRunCharts": [_choices(keys, compared), *map(_pictures, ("samples", "method"))],
         "compareRunSections": [
             {
                 "uuid": name,
@@ -82,12 +85,20 @@ def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, 
                 "display": name != "perf",  # perf is there, folded up
                 "isReordered": False,
                 "deleted": False,
-                **({"columns": 1, "cardHeight": 700} if name == PICTURES else {}),
+                **({"columns": 1, "cardHeight": heights[name]} if name in heights else {}),
             }
             for name in groups
         ],
         "isAccordionReordered": True,  # else the groups are sorted by name
     }
+
+
+def _choices(keys: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    """Parallel coordinates of what was varied and is compared; MLflow alone takes the first three params by name.
+    The last axis gives the lines their colour: the metric that was named first.
+    """
+    card = {"type": "PARALLEL", "uuid": CHOICES, "metricSectionId": CHOICES, "deleted": False, "isGenerated": True}
+    return {**card, "selectedParams": list(keys), "selectedMetrics": [*reversed(metrics)], "showAllRuns": True}
 
 
 def _pictures(name: str) -> dict[str, Any]:
@@ -121,16 +132,16 @@ def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: s
             failed.append(str(run_dir))
     if last and (sweep := read_arm(last.run_dir).get("sweep")):
         with suppress(MlflowException, OSError):  # a matter of looks
-            _show_last_pictures(last, sweep, run_dirs)
+            _fit_view(last, sweep, run_dirs)
     lines = compare_line(run_dirs)
     if failed:
         lines.append(f"MLflow does not answer; when it does: python -m nai_xl.report.sync {' '.join(failed)}")
     return lines
 
 
-def _show_last_pictures(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]) -> None:
-    """Let the sweep's view open at the last step at which every arm has painted; MLflow itself opens at step 0, where
-    samples have no picture.
+def _fit_view(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]) -> None:
+    """Let the sweep's view show what all arms have: pictures of the last step at which every arm has painted (MLflow
+    itself opens at step 0, where samples have none), and params that every arm has (MLflow leaves out a run without).
     """
     if delivery.client is None:
         return
@@ -139,9 +150,13 @@ def _show_last_pictures(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]
     if not stored:
         return
     view = json.loads(stored)
+    begun = [json.loads(file.read_text())["params"] for run in run_dirs if (file := run / "params.json").exists()]
     for card in view["compareRunCharts"]:
-        painted = [_steps(run_dir, card["imageKeys"][0]) for run_dir in run_dirs]
-        card["step"] = max(set.intersection(*filter(None, painted)) if any(painted) else (), default=0)
+        if card["type"] == "PARALLEL":
+            card["selectedParams"] = [name for name in card["selectedParams"] if all(name in arm for arm in begun)]
+        else:
+            painted = [_steps(run_dir, card["imageKeys"][0]) for run_dir in run_dirs]
+            card["step"] = max(set.intersection(*filter(None, painted)) if any(painted) else (), default=0)
     delivery.client.set_experiment_tag(experiment_id, key, json.dumps(view))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -86,7 +87,9 @@ def test_the_view_of_a_sweep_finds_its_arms_and_columns_that_they_have(uri: str,
     for run in found:
         own = {f"params.`{key}`" for key in run.data.params} | {f"metrics.`{key}`" for key in run.data.metrics}
         assert own == set(view["selectedColumns"]) - {"attributes.`Duration`"}
-    assert [group["name"] for group in view["compareRunSections"]] == ["val", "Model metrics", "train", "perf"]
+    groups = [group["name"] for group in view["compareRunSections"]]
+    assert groups == ["choices against results", "val", "Model metrics", "train", "perf"]
+    assert {card["metricSectionId"] for card in view["compareRunCharts"]} <= set(groups)
 
 
 def test_a_sweep_whose_store_is_not_there_names_the_override() -> None:
@@ -118,7 +121,25 @@ def test_the_view_opens_at_the_last_step_at_which_all_arms_have_pictures(uri: st
     end_sweep(folders)
     tags = MlflowClient(tracking_uri=uri).get_experiment_by_name("nai_xl").tags
     cards = json.loads(tags["mlflow.sharedViewState.painted"])["compareRunCharts"]
-    assert [(card["imageKeys"], card["step"]) for card in cards] == [(["samples"], 20), (["method"], 0)]
+    pictures = [card for card in cards if card["type"] == "IMAGE"]
+    assert [(card["imageKeys"], card["step"]) for card in pictures] == [(["samples"], 20), (["method"], 0)]
+
+
+def test_parallel_coordinates_have_the_varied_params_that_are_in_all_arms(uri: str, tmp_path: Path) -> None:
+    """MLflow leaves out a run that lacks one of the chart's params."""
+
+    def chart() -> dict[str, Any]:
+        tags = MlflowClient(tracking_uri=uri).get_experiment_by_name("nai_xl").tags
+        cards = json.loads(tags["mlflow.sharedViewState.gammas"])["compareRunCharts"]
+        return next(card for card in cards if card["type"] == "PARALLEL")
+
+    begin_sweep("gammas", "", ["loss", "loss.gamma"], ["val/loss", "val/x0_loss"], uri=uri)
+    assert (chart()["selectedParams"], chart()["selectedMetrics"]) == (
+        ["loss", "loss.gamma"],
+        ["val/x0_loss", "val/loss"],
+    )
+    end_sweep([arm(tmp_path / loss, uri, "gammas", loss) for loss in ("uniform", "minsnr")])
+    assert chart()["selectedParams"] == ["loss"]
 
 
 def test_arms_that_could_not_tell_how_they_ended_are_told_once(uri: str, tmp_path: Path) -> None:
