@@ -15,9 +15,11 @@ import psutil
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hypothesis import example, given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hydra_plugins.nai_xl_sweep import listed, varied
+from hydra_plugins.nai_xl_sweep import as_overrides, listed, varied
 from nai_xl import config
 from nai_xl.engine.arm import Arm, ArmNote, read_arm, write_arm
 from nai_xl.engine.processes import Running, Task, run_all
@@ -226,6 +228,30 @@ def test_what_an_experiment_and_the_command_line_vary() -> None:
     params = {"loss": "uniform,minsnr", "schedule": "ztsnr,cosine", "run.seed": "range(0,3)"}
     assert varied(params, ["schedule=ztsnr", "memory=[sdpa,tf32]"]) == ["loss", "run.seed"]
     assert varied({}, ["+loss.gamma=1,5", "a='x,y'", "'memory=[a],[]'".strip("'")]) == ["loss.gamma", "memory"]
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-1000, 1000),
+    st.floats(-1e6, 1e6),
+    st.text(st.sampled_from("ab1.,:[]{}()'\"\\= -+e/~"), max_size=8).filter(lambda text: text == text.strip()),
+)
+KEYS = st.text("abc", min_size=1, max_size=3)
+VALUES = st.recursive(
+    SCALARS, lambda part: st.lists(part, max_size=3) | st.dictionaries(KEYS, part, max_size=3), max_leaves=5
+)
+
+
+@given(VALUES)
+@example("a,b")
+@example("null")
+@example("it's \\")
+@example({"a": [1, "x,y"]})
+def test_a_listed_value_reaches_the_arm_as_the_yaml_has_it(value: object) -> None:
+    (arm,) = listed([{"key": value}], [])
+    read = OverridesParser.create().parse_override(*as_overrides(arm)).value()
+    assert read == value and type(read) is type(value)
 
 
 def test_listed_arms_are_named_first_and_picked_by_values_given_beside_them() -> None:

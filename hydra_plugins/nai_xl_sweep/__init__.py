@@ -12,7 +12,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -104,8 +104,19 @@ def _typed(value: Any) -> str:
     """A value of a yaml as an override on the command line has it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    return f"[{','.join(map(_typed, value))}]" if several else str(value)
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_typed(part)}' for key, part in value.items())}}}"
+    if isinstance(value, str):
+        return value if _plain(value) else QuotedString(value, Quote.single).with_quotes()
+    return f"[{','.join(map(_typed, value))}]" if isinstance(value, Sequence) else str(value)
+
+
+def _plain(text: str) -> bool:
+    """Whether Hydra reads this text as itself without quotes, also within a list."""
+    try:
+        return bool(OverridesParser.create().parse_override(f"key=[{text}]").value() == [text])
+    except HydraException:
+        return False
 
 
 class NameSweep(Callback):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from nai_xl.data.cache import write_atomically
 from nai_xl.engine.run_dir import RunDirectory
-from nai_xl.errors import UserError, one_line
+from nai_xl.errors import UserError, with_kind
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
 
@@ -106,7 +106,7 @@ class ArmNote:
         if self.first and (kind is None or self.began is not None or self.arm.sweep is not None):
             stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
             status: Status = "FINISHED" if kind is None else "STOPPED" if stopped else "FAILED"
-            self.end(status, None if error is None or stopped else in_one_line(error))
+            self.end(status, None if error is None or stopped else with_kind(error))
 
     def adopt(self, found: Arm) -> None:
         """Make a run that another sweep, or none, has trained an arm of this one too."""
@@ -123,11 +123,6 @@ class ArmNote:
             self.home.create()
             with self.home.lock():
                 write_arm(self.home.path, arm)
-
-
-def in_one_line(error: BaseException) -> str:
-    """'no images in DIR' for what a user is meant to read, 'RuntimeError: ...' for the rest."""
-    return one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 # --- what a run has measured ------------------------------------------------------------------------------------------

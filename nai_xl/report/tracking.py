@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from nai_xl.errors import one_line
+from nai_xl.errors import with_kind
 
 ERROR_LENGTH = 5000  # characters kept of an error's message
 
@@ -122,7 +122,7 @@ class JsonlTracker(NoTracker):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        told = f"{type(error).__name__}: {one_line(error)}" if error is not None and status == "FAILED" else ""
+        told = with_kind(error) if error is not None and status == "FAILED" else ""
         note_end(self.run_dir, status, told)
 
     def params(self, flat: Mapping[str, Any], tags: Mapping[str, str]) -> None:
