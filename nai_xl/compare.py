@@ -222,7 +222,7 @@ def weights(found: Comparison, configs: Mapping[str, DictConfig]) -> Drawn | Non
         if run is None or not configs.get(run.name):
             continue
         cfg = configs[run.name]
-        parts = [key for key in cfg if key in config.groups() or key == "plugins"]
+        parts = [key for key in cfg if key in config.groups() or key in ("plugins", "native")]
         try:
             tables[names[arm.label]] = diagnose(inspect.build_objective(OmegaConf.masked_copy(cfg, parts)))
         except UserError:

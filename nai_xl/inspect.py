@@ -38,12 +38,14 @@ class Combination:
 
 
 def build_objective(cfg: DictConfig) -> Objective:
-    """The objective of a composed config; nothing else of the config is looked at. Raises UserError."""
+    """The objective of a composed config on its native canvas; nothing else of it is looked at. Raises UserError."""
     groups = {part.name: GROUP_OF.get(part.name, part.name) for part in fields(Objective)}
     groups = {name: group for name, group in groups.items() if group in cfg}
-    config.check(cfg, only=groups.values())
+    config.check(cfg, only=["native", *groups.values()])
     plugins = tuple(cfg.plugins)
-    return Objective(**{name: config.build(cfg[group], plugins) for name, group in groups.items()})
+    objective = Objective(**{name: config.build(cfg[group], plugins) for name, group in groups.items()})
+    edge = int(cfg.native.resolution)
+    return objective.on_canvas(edge, edge)
 
 
 def inspect(overrides: Sequence[str], config_dir: Path | None = None) -> list[Combination]:

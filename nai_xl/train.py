@@ -76,6 +76,8 @@ class Job:
         self.settings: RunSettings = self.build(self.cfg.run)
         parts = {group: self.build(self.cfg[group]) for group in ("schedule", "parameterization", "timesteps", "error")}
         self.objective: Objective = self.build(self.cfg.objective, **parts, weighting=self.build(self.cfg.loss))
+        edge = int(self.cfg.native.resolution)
+        self.native = self.objective.on_canvas(edge, edge)
         self.noise = self.build(self.cfg.noise)
         self.objective.schedule.inference_timesteps(self.cfg.sampling.steps)  # refuses more steps than there are
         self.bucketing, self.captions = self.build(self.cfg.bucketing), self.build(self.cfg.captions)
@@ -252,7 +254,7 @@ class Job:
         studio = self._studio(components, encoded, ema, tracker)
         self._say_plan(components, encoded, start, steps)
         if start == 0 and accelerator.is_main_process:
-            tracker.figure("method", 0, plots.method([plots.Arm(diagnose(self.objective))], headline(self.choices)))
+            tracker.figure("method", 0, plots.method([plots.Arm(diagnose(self.native))], headline(self.choices)))
         read = batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
         self._warm_up(unet, encoded, read, tracker, start)
         profiler = self._profiler(tracker, steps - start)
@@ -362,12 +364,11 @@ class Job:
     def _finish(
         self, components: Components, encoded: Encoded, weights: Mapping[str, Tensor], tracker: Tracker
     ) -> None:
-        objective = self.objective
         save_pipeline(
             components,
             weights,
-            objective.schedule,
-            objective.parameterization,
+            self.native.schedule,
+            self.native.parameterization,
             mean=encoded.mean,
             std=encoded.std,
             path=self.home.pipeline,
@@ -397,7 +398,7 @@ class Job:
             "results": str(self.home.path),
         }
         self.screen.table("nai_xl", rows)
-        self.screen.say(*sentences(self.objective))
+        self.screen.say(*sentences(self.native))
 
     def _say_where(self, lines: Any) -> None:
         grids = sorted((self.home.path / "samples").glob("*.png"))[-1:]

@@ -195,6 +195,7 @@ def test_nothing_but_refusals_is_a_mistake(told: Callable[..., str], tmp_path: P
         ("loss.gama=3", "no parameter 'gama' in min_snr; did you mean 'gamma'?"),
         ("+loss.gama=3", "no parameter 'gama' in min_snr; did you mean 'gamma'?"),
         ("loss.gamma=interval(1,5)", "list some: loss.gamma=a,b"),
+        ("native.resolution=abc schedule=shifted", "native.resolution=abc: input should be a valid integer"),
         ("--figure /proc/none.png", "give another place"),
         ("--figure none.xyz", "give another place"),
     ],
@@ -211,6 +212,14 @@ def test_lists_are_one_value_and_what_training_needs_is_not_asked_for(told: Call
 def test_a_list_that_is_swept_is_told_as_it_was_given(told: Callable[..., str]) -> None:
     out = told("memory=[sdpa],[sdpa,channels_last]")
     assert "[sdpa] " in out and "[sdpa,channels_last]" in out
+
+
+def test_noise_that_depends_on_the_canvas_is_told_of_the_native_one() -> None:
+    shifted = ["schedule=shifted", "schedule.resolution=512"]
+    small, equal, large = (inspect.inspect([*shifted, f"native.resolution={edge}"])[0] for edge in (128, 512, 1024))
+    ends = [one.diagnosis.noise[-1] for one in (small, equal, large) if one.diagnosis]
+    assert ends == pytest.approx([14.6146 / 4, 14.6146, 14.6146 * 2], rel=1e-4)
+    assert "sigma/alpha = 3.65" in small.sentences[0]
 
 
 def test_an_experiment_brings_its_own_sweep() -> None:

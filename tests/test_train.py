@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -74,6 +75,16 @@ assert image.size == (160, 96) and "nai_xl" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder / "pipeline")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_noise_that_depends_on_the_canvas_is_exported_as_it_is_on_the_native_one(small: Compose) -> None:
+    """What was trained and what diffusers samples by default must have the same noise at the same timestep."""
+    options = ("schedule=shifted", "schedule.resolution=512", "parameterization=epsilon")
+    folder = run(small("run.max_images=4", *options))
+    edge = json.loads((folder / "pipeline" / "unet" / "config.json").read_text())["sample_size"] * 8
+    loaded = EulerDiscreteScheduler.from_pretrained(folder / "pipeline", subfolder="scheduler")
+    plain = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    assert loaded.sigmas[0].item() == pytest.approx(plain.sigmas[0].item() * edge / 512, rel=1e-4)
 
 
 def test_the_pipeline_holds_the_averaged_weights(small: Compose) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,10 @@ class Objective:
                 )
         if not weights.any():
             raise UserError("loss: the weight is 0 at every timestep, so nothing would be trained; use loss=uniform")
+
+    def on_canvas(self, height: int, width: int) -> Objective:
+        """The same with the noise levels of a canvas of height x width pixels alone."""
+        return replace(self, schedule=self.schedule.for_canvas(height, width))
 
     @property
     def learned(self) -> nn.ModuleDict:

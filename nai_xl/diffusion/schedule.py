@@ -121,7 +121,7 @@ class TableSchedule:
         return (len(self) - back).round().long() - 1
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Keyword arguments of a diffusers scheduler with this table (the native one if it depends on the canvas)."""
+        """Keyword arguments of a diffusers scheduler with this table, which knows no canvas: see for_canvas."""
         said = {name: list(value) if isinstance(value, tuple) else value for name, value in self.config.items()}
         return {**said, "timestep_spacing": "trailing"}
 
@@ -214,8 +214,8 @@ def high_sigma(base: Schedule, *, sigma_max: float = 29.0) -> Schedule:
 def shifted(base: Schedule, *, resolution: float) -> Schedule:
     """`base` with more noise on larger canvases: s' = k s, log-SNR' = log-SNR - 2 ln k, k = sqrt(H W) / resolution.
 
-    [NAI] 2.3, [SD]. `resolution` is the edge in pixels of the square on which `base` stays what it is, and is
-    what an exported scheduler describes. It is an upper bound: it takes the image to be redundant over its area.
+    [NAI] 2.3, [SD]. `resolution` is the edge in pixels of the square on which `base` stays what it is. It is an upper
+    bound: it takes the image to be redundant over its area.
     """
     if not resolution > 0:
         raise UserError(f"schedule.resolution={resolution}: must be above 0 pixels")
