@@ -25,7 +25,7 @@ from nai_xl.model.vae import encode_pixels, on_canvas, to_pixels
 from nai_xl.types import Bucketing, Cache, Placement
 
 PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
-VERSION = 2  # raise it whenever this code makes other latents or text conditions from the same input
+VERSION = 3  # raise it whenever this code makes other latents or text conditions from the same input
 T = TypeVar("T")
 
 
@@ -66,15 +66,15 @@ class Encoder:
             ThreadPoolExecutor(4) as pool,
             _bar("latents", len(mine), self.rank) as bar,
         ):
-            for group in _by_bucket(mine):
+            for group, size in _by_bucket(mine):
                 canvases = list(pool.map(_canvas, group))
                 whole = [(ref, c) for (_, ref), c in zip(group, canvases, strict=True) if isinstance(c, torch.Tensor)]
                 bad |= {item.path: c for (item, _), c in zip(group, canvases, strict=True) if isinstance(c, str)}
                 if whole:
                     # autocast and no cast: rounded weights would be another autoencoder, for previews and keys too
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-                        latents = encode_pixels(vae, torch.stack([canvas for _, canvas in whole]))
-                    for (ref, _), latent in zip(whole, latents, strict=True):
+                        latents = encode_pixels(vae, torch.stack(filled([canvas for _, canvas in whole], size)))
+                    for (ref, _), latent in zip(whole, latents, strict=False):
                         self.cache.put(ref.key, {"latents": latent})
                 bar.update(len(group))
         vae.to("cpu")
@@ -100,7 +100,7 @@ class Encoder:
         with tqdm(keys, desc="measuring latents", disable=self.rank > 0) as bar:
             return moments(read(self.cache, key)["latents"] for key in bar)
 
-    def encode_captions(self, wanted: Iterable[str], text: TextEncoding, *, batch: int = 32) -> dict[str, str]:
+    def encode_captions(self, wanted: Iterable[str], text: TextEncoding, *, batch: int = 8) -> dict[str, str]:
         """text -> cache key, for every wanted text and for the empty one."""
         models = [(fingerprint(e), e.config.hidden_act, e.config.eos_token_id) for e in self.components.text_encoders]
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
@@ -109,8 +109,9 @@ class Encoder:
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
         with self._missing(list(texts), keys.__getitem__) as mine, _bar("captions", len(mine), self.rank) as bar:
             for group in _batches(mine, batch):
-                context, pooled = encode_texts(self.components.tokenizers, encoders, group, chunks=text.chunks)
-                for t, row, vector in zip(group, context.cpu(), pooled.cpu(), strict=True):
+                together = filled(group, batch)
+                context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=text.chunks)
+                for t, row, vector in zip(group, context.cpu(), pooled.cpu(), strict=False):
                     self.cache.put(keys[t], {"context": row, "pooled": vector})
                 bar.update(len(group))
         for encoder in encoders:
@@ -126,11 +127,19 @@ def _canvas(job: tuple[Item, LatentRef]) -> torch.Tensor | str:
         return f"not a whole image: {one_line(error)}"
 
 
-def _by_bucket(jobs: Sequence[tuple[Item, LatentRef]]) -> Iterator[list[tuple[Item, LatentRef]]]:
-    """Lists of jobs that share a canvas, of at most PIXELS together."""
+def _by_bucket(jobs: Sequence[tuple[Item, LatentRef]]) -> Iterator[tuple[list[tuple[Item, LatentRef]], int]]:
+    """Lists of jobs that share a canvas, and how many images of it to encode at once: at most PIXELS together."""
     ordered = sorted(jobs, key=lambda job: job[1].placement.bucket)
     for bucket, same in groupby(ordered, key=lambda job: job[1].placement.bucket):
-        yield from _batches(list(same), bucket.at_once(PIXELS, most=8))
+        size = bucket.at_once(PIXELS, most=8)
+        yield from ((group, size) for group in _batches(list(same), size))
+
+
+def filled(rows: list[T], size: int) -> list[T]:
+    """`rows` with the last one repeated up to `size`. Batches of unlike sizes take unlike kernels and round unlike, so
+    that what else there was to encode would show in a latent's last digits; and training makes much of these.
+    """
+    return rows + rows[-1:] * (size - len(rows))
 
 
 def _batches(rows: list[T], size: int) -> Iterator[list[T]]:

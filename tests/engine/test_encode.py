@@ -1,6 +1,8 @@
 """Encoding by several runs that begin together."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -9,6 +11,8 @@ import torch
 
 from nai_xl import config
 from nai_xl.data.cache import DiskCache
+from nai_xl.data.index import Item
+from nai_xl.data.loader import read
 from nai_xl.engine.encode import Encoder
 
 
@@ -36,3 +40,26 @@ def test_runs_that_begin_together_encode_each_image_and_caption_once(
         keys = list(pool.map(encode, [rank for _ in range(runs) for rank in range(ranks)]))
     assert len(put) == len(set(put)) == 12 + 13  # images, and their captions and the empty one
     assert set(keys[0].values()) <= set(put)
+
+
+def test_what_else_there_is_to_encode_does_not_show_in_a_single_bit(images: Path, tmp_path: Path) -> None:
+    cfg = config.compose([])
+    components, bucketing, text = (config.build(cfg[group]) for group in ("model", "bucketing", "text"))
+    index = config.build(config.compose(["data=folder", f"data.dir={images}"]).data).scan()
+    items = index.items
+
+    def encoded(name: str, *groups: Sequence[Item]) -> dict[str, dict[str, torch.Tensor]]:
+        encoder = Encoder(components, DiskCache(tmp_path / name), "fp32", torch.device("cpu"))
+        keys: list[str] = []
+        for group in groups:
+            part = replace(index, items=list(group))
+            refs = encoder.latent_refs(part, bucketing)
+            assert encoder.encode_images(part, refs) == {}
+            keys += [ref.key for row in refs for ref in row]
+            keys += encoder.encode_captions([item.caption for item in group], text).values()
+        return {key: dict(read(encoder.cache, key)) for key in keys}
+
+    together = encoded("together", items)
+    apart = encoded("apart", items[-1:], items[3:5], items)
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(row[name], apart[key][name]) for key, row in together.items() for name in row)
