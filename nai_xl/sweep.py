@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from nai_xl import config
@@ -125,7 +125,12 @@ class Sweep:
         processes = max((member.processes for member in due), default=1)
         if due and (store := mlflow_store(common)) is not None:
             name, question = str(settings.name), settings.question or ""
-            lines = begin_sweep(name, question, settings.varied, settings.metrics, **store)
+            shared = [
+                key
+                for key in settings.varied
+                if key != "run.seed" and all(OmegaConf.select(member.cfg, key) is not None for member in distinct)
+            ]
+            lines = begin_sweep(name, question, settings.varied, settings.metrics, shared=shared, **store)
             print(*lines, sep="\n", flush=True)
         environments = slots(settings.parallel, processes, gpus, len(os.sched_getaffinity(0)))
         with Stop() as stop, Board() as board:

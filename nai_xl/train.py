@@ -371,6 +371,7 @@ class Job:
             self.native.parameterization,
             mean=encoded.mean,
             std=encoded.std,
+            resolution=int(self.cfg.native.resolution),
             path=self.home.pipeline,
         )
         for grid in sorted((self.home.path / "samples").glob("*.png"))[-1:]:

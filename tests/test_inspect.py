@@ -153,6 +153,24 @@ def test_a_weighting_that_learns_is_shown_as_it_begins() -> None:
     assert not found.weight.requires_grad and found.mean_weight == pytest.approx(1)
 
 
+def test_a_weighting_that_learns_is_asked_where_it_lies() -> None:
+    """Training moves it to its device first; no operator takes the two apart."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_variance = nn.Parameter(torch.zeros((), device="meta"))
+
+        def forward(self, level: NoiseLevel, p: Parameterization) -> Tensor:
+            assert {part.device.type for part in (level.t, level.alpha, level.sigma)} == {"meta"}
+            return torch.ones(len(level.t))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "_refuse_senseless_loss", lambda self: None)
+        made = objective(ztsnr(scaled_linear()), Learned())
+    assert diagnose(made).mean_weight == pytest.approx(1)
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 

@@ -268,6 +268,7 @@ def test_listed_arms_are_named_first_and_picked_by_values_given_beside_them() ->
     assert listed(arms, parse(["schedule=ztsnr"])) == typed
     assert listed(arms, parse(["schedule=ztsnr,cosine", "noise.offset=0.1"])) == typed[1:]
     assert listed(arms, parse(["memory=[tf32]"])) == [{"memory": "[tf32]"}]
+    assert listed([{"name": "c"}], parse(["name='c'"])) and listed([{"name": "a,b"}], parse(['name="a,b"']))
     with pytest.raises(HydraException, match=r"noise\.offset=1: no arm of sweep\.arms has that; there is 0, 0\.1"):
         listed(arms, parse(["noise.offset=1"]))
 

@@ -77,11 +77,15 @@ assert image.size == (160, 96) and "nai_xl" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_noise_that_depends_on_the_canvas_is_exported_as_it_is_on_the_native_one(small: Compose) -> None:
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_noise_that_depends_on_the_canvas_is_exported_as_it_is_on_the_native_one(
+    small: Compose, resolution: int
+) -> None:
     """What was trained and what diffusers samples by default must have the same noise at the same timestep."""
     options = ("schedule=shifted", "schedule.resolution=512", "parameterization=epsilon")
-    folder = run(small("run.max_images=4", *options))
+    folder = run(small("run.max_images=4", f"native.resolution={resolution}", *options))
     edge = json.loads((folder / "pipeline" / "unet" / "config.json").read_text())["sample_size"] * 8
+    assert edge == resolution
     loaded = EulerDiscreteScheduler.from_pretrained(folder / "pipeline", subfolder="scheduler")
     plain = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     assert loaded.sigmas[0].item() == pytest.approx(plain.sigmas[0].item() * edge / 512, rel=1e-4)

@@ -85,7 +85,7 @@ def listed(arms: Sequence[Mapping[str, Any]], overrides: Sequence[Override]) -> 
             several = override.is_discrete_sweep()
             wanted = [*override.sweep_string_iterator()] if several else [override.get_value_element_as_str()]
             known = ", ".join(dict.fromkeys(arm[key] for arm in found if key in arm))
-            found = [arm for arm in found if arm.get(key) in wanted]
+            found = [arm for arm in found if key in arm and _read(arm[key]) in map(_read, wanted)]
             if not found:
                 raise HydraException(f"{key}={','.join(wanted)}: no arm of sweep.arms has that; there is {known}")
     return found
@@ -111,10 +111,15 @@ def _typed(value: Any) -> str:
     return f"[{','.join(map(_typed, value))}]" if isinstance(value, Sequence) else str(value)
 
 
+def _read(typed: str) -> Any:
+    """The value that Hydra reads where one types this: 'a' and a are the same."""
+    return OverridesParser.create().parse_override(f"key={typed}").value()
+
+
 def _plain(text: str) -> bool:
     """Whether Hydra reads this text as itself without quotes, also within a list."""
     try:
-        return bool(OverridesParser.create().parse_override(f"key=[{text}]").value() == [text])
+        return bool(_read(f"[{text}]") == [text])
     except HydraException:
         return False
 

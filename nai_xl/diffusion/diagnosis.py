@@ -15,6 +15,7 @@ from torch import Tensor
 from nai_xl.diffusion.loss import min_snr_plus_one
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import density
+from nai_xl.types import NoiseLevel
 
 # The mean of a 128 x 128 latent (1024 x 1024 pixels) has 1/128 of a pixel's noise. From here on that is 3 times the
 # data's own deviation, so that the mean brightness is lost as well; SDXL's 14.6 leaves it readable to 0.11.
@@ -60,9 +61,13 @@ class Diagnosis:
 def diagnose(objective: Objective) -> Diagnosis:
     """The tables of `objective`, as it stands before its first step where parts of it learn."""
     level = objective.schedule.at(torch.arange(len(objective.schedule)))
+    device = next((part.device for part in objective.learned.parameters()), level.t.device)
+    weight = objective.weighting(
+        NoiseLevel(level.t.to(device), level.alpha.to(device), level.sigma.to(device)), objective.parameterization
+    )
     return Diagnosis(
         noise=level.sigma.double() / level.alpha.double(),
-        weight=objective.weighting(level, objective.parameterization).double(),
+        weight=weight.cpu().double(),
         density=density(objective.timesteps, objective.schedule),
     )
 

@@ -30,13 +30,16 @@ def save_pipeline(
     *,
     mean: Tensor,
     std: Tensor,
+    resolution: int,
     path: Path,
 ) -> Path:
     """Write a StableDiffusionXLPipeline with `weights` in the UNet, which was trained on (raw latent - mean) / std.
 
     Not every reader knows of a normalisation by channel, so that one is folded into the autoencoder that is written.
-    mean, std [4,1,1]. An existing folder is replaced as a whole.
+    mean, std [4,1,1]. `resolution` is the edge in pixels of the canvas that a reader paints when it is asked for none.
+    An existing folder is replaced as a whole.
     """
+    components.unet.register_to_config(sample_size=resolution // 8)
     # a UNet that was trained in bfloat16 would round its float32 average; on the CPU, where there is room for that
     components.unet.to("cpu", next((weight.dtype for weight in weights.values()), components.unet.dtype))
     components.unet.load_state_dict(dict(weights), strict=False)

@@ -152,15 +152,26 @@ def contact_sheet(prompts: Sequence[Prompt], samples: Sequence[Image.Image], *, 
     height = side + CAPTION_HEIGHT + GAP
     columns = min(columns, len(samples))
     sheet = Image.new("RGB", (columns * width + GAP, -(-len(samples) // columns) * height + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         left, top = GAP + i % columns * width, GAP + i // columns * height
         if prompt.reference:
             _paste_centred(sheet, prompt.reference, left, top, side)
         _paste_centred(sheet, sample, left + (side + 2 if both else 0), top, side)
-        wrapped = "\n".join(textwrap.wrap(prompt.text, max(16, width // 6))[:2]) or "(empty prompt)"
-        pen.multiline_text((left, top + side + 3), wrapped, fill="black", font=font)
+        sheet.paste(_caption(prompt.text or "(empty prompt)", width - GAP), (left, top + side))
     return sheet
+
+
+def _caption(text: str, width: int) -> Image.Image:
+    """`text` in black on white, `width` x CAPTION_HEIGHT, smaller where it needs more room; cut where it still does."""
+    strip = Image.new("RGB", (width, CAPTION_HEIGHT), "white")
+    for size in (11, 10, 9, 8):
+        font = ImageFont.load_default(size=size)
+        lines = textwrap.wrap(text, max(4, int(width / font.getlength("e"))), break_long_words=False)
+        fits = all(font.getlength(line) <= width for line in lines) and len(lines) * (size + 4) <= CAPTION_HEIGHT
+        if fits:
+            break
+    ImageDraw.Draw(strip).multiline_text((0, 3), "\n".join(lines), fill="black", font=font, spacing=2)
+    return strip
 
 
 def _paste_centred(sheet: Image.Image, image: Image.Image, left: int, top: int, side: int) -> None:

@@ -36,6 +36,7 @@ thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--
   white-space: normal; line-height: 1.25 }
 th:first-child, td:first-child { text-align: left }
 .results :is(th, td):nth-child(2) { text-align: left }
+.results td:is(:first-child, :nth-last-child(2)) { white-space: normal }
 tbody th { font-weight: 600 }
 tr.head th { padding-top: 1.1rem; font-size: 1.02rem; text-align: left }
 tr.base td { color: var(--soft) }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nai_xl.errors import UserError, one_line
 from nai_xl.report.mlflow_delivery import Delivery, Progress, member_tag, read_arm
 from nai_xl.report.mlflow_store import compare_page, default_uri, how_to_serve, open_store, run_page, view_page
-from nai_xl.report.tracking import note_end, now, outbox_of
+from nai_xl.report.tracking import metrics_of, note_end, now, outbox_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,12 +30,13 @@ def begin_sweep(
     keys: Sequence[str],
     metrics: Sequence[str],
     *,
+    shared: Sequence[str] = (),
     uri: str | None = None,
     experiment: str = "nai_xl",
 ) -> list[str]:
     """To be called before the arms start: makes the store, adds the question to the experiment's description, and
-    stores a view of this sweep that shows the varied `keys` and the compared `metrics` first. Returns lines that tell
-    a person where to watch.
+    stores a view of this sweep that shows the varied `keys` and the compared `metrics` first; `shared` are those of
+    the keys that every arm has, whatever its value. Returns lines that tell a person where to watch.
 
     Raises UserError when the store does not answer.
     """
@@ -43,7 +44,7 @@ def begin_sweep(
     with _answering(uri):
         client, experiment_id = open_store(uri, experiment)
         _ask(client, experiment_id, sweep, question)
-        view = json.dumps(_view(sweep, keys, metrics))
+        view = json.dumps(_view(sweep, keys, metrics, shared))
         client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{sweep}", view)
     serve = how_to_serve(uri)
     return [
@@ -62,7 +63,7 @@ def compare_line(run_dirs: Iterable[Path]) -> list[str]:
     return [f"compare      {compare_page(arms[0].uri, arms[0].experiment_id, [arm.run_id for arm in together])}"]
 
 
-def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str], shared: Sequence[str]) -> dict[str, Any]:
     """What MLflow's pages keep when a person shares a view: which runs, columns and groups of charts, in which order.
     Charts that are not named here are added by the pages themselves.
     """
@@ -77,7 +78,7 @@ def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, 
         "orderByAsc": True,
         "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in compared)],
         "runsHiddenMode": "SHOW_ALL",  # without it, charts leave out every arm after the tenth
-        "compareRunCharts": [_choices(keys, compared), *map(_pictures, ("samples", "method"))],
+        "compareRunCharts": [_choices(shared, compared), *map(_pictures, ("samples", "method"))],
         "compareRunSections": [
             {
                 "uuid": name,
@@ -95,7 +96,8 @@ def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, 
 
 def _choices(keys: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     """Parallel coordinates of what was varied and is compared; MLflow alone takes the first three params by name.
-    The last axis gives the lines their colour: the metric that was named first.
+    It leaves out a run that lacks one of them, or a metric. The last axis gives the lines their colour: the metric that
+    was named first.
     """
     card = {"type": "PARALLEL", "uuid": CHOICES, "metricSectionId": CHOICES, "deleted": False, "isGenerated": True}
     return {**card, "selectedParams": list(keys), "selectedMetrics": [*reversed(metrics)], "showAllRuns": True}
@@ -141,7 +143,7 @@ def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: s
 
 def _fit_view(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]) -> None:
     """Let the sweep's view show what all arms have: pictures of the last step at which every arm has painted (MLflow
-    itself opens at step 0, where samples have none), and params that every arm has (MLflow leaves out a run without).
+    itself opens at step 0, where samples have none), and metrics that every arm has which has any of them.
     """
     if delivery.client is None:
         return
@@ -150,10 +152,12 @@ def _fit_view(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]) -> None:
     if not stored:
         return
     view = json.loads(stored)
-    begun = [json.loads(file.read_text())["params"] for run in run_dirs if (file := run / "params.json").exists()]
+    measured = [{name for row in metrics_of(run_dir).rows() for name in row} for run_dir in run_dirs]
     for card in view["compareRunCharts"]:
         if card["type"] == "PARALLEL":
-            card["selectedParams"] = [name for name in card["selectedParams"] if all(name in arm for arm in begun)]
+            asked = set(card["selectedMetrics"])
+            common = asked.intersection(*(names for names in measured if names & asked))
+            card["selectedMetrics"] = [name for name in card["selectedMetrics"] if name in common]
         else:
             painted = [_steps(run_dir, card["imageKeys"][0]) for run_dir in run_dirs]
             card["step"] = max(set.intersection(*filter(None, painted)) if any(painted) else (), default=0)

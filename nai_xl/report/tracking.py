@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from nai_xl.data.cache import write_atomically
 from nai_xl.errors import with_kind
 
 ERROR_LENGTH = 5000  # characters kept of an error's message
@@ -127,7 +128,8 @@ class JsonlTracker(NoTracker):
 
     def params(self, flat: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         content = {"params": dict(flat), "tags": dict(tags)}
-        (self.run_dir / "params.json").write_text(json.dumps(content, indent=2, default=str))
+        text = json.dumps(content, indent=2, default=str)
+        write_atomically(self.run_dir / "params.json", lambda path: path.write_text(text))
         self.outbox.append(time=now(), kind="tags", tags=dict(tags))
         self.outbox.append(time=now(), kind="params", file="params.json")
 

@@ -73,7 +73,9 @@ def strengthened(parts: Components) -> dict[str, torch.Tensor]:
 def test_diffusers_paints_the_same_picture(tmp_path: Path, schedule: Schedule, p: Parameterization, steps: int) -> None:
     parts = tiny_sdxl(seed=1)
     mean, std = ScaleLatents().statistics(parts.vae, unmeasured)
-    folder = save_pipeline(parts, strengthened(parts), schedule, p, mean=mean, std=std, path=tmp_path / "pipeline")
+    folder = save_pipeline(
+        parts, strengthened(parts), schedule, p, mean=mean, std=std, resolution=128, path=tmp_path / "pipeline"
+    )
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     assert difference(parts, schedule, p, steps, (mean, std), pipeline) <= 2
 
@@ -91,7 +93,9 @@ def test_diffusers_paints_the_same_picture_from_latents_normalised_by_channel(
 ) -> None:
     parts = tiny_sdxl(seed=1)
     mean, std = (values.view(4, 1, 1) for values in PER_CHANNEL[latents])
-    folder = save_pipeline(parts, strengthened(parts), schedule, p, mean=mean, std=std, path=tmp_path / "pipeline")
+    folder = save_pipeline(
+        parts, strengthened(parts), schedule, p, mean=mean, std=std, resolution=128, path=tmp_path / "pipeline"
+    )
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     assert pipeline.vae.config.latents_mean is None  # nothing that other programs would have to know of
     assert difference(parts, schedule, p, 8, (mean, std), pipeline) <= 2
@@ -101,7 +105,7 @@ def test_single_file_of_a_per_channel_run_decodes_as_its_pipeline(tmp_path: Path
     parts = tiny_sdxl(seed=1)
     mean, std = (values.view(4, 1, 1) for values in PER_CHANNEL["per_channel"])
     folder = tmp_path / "run" / "pipeline"
-    save_pipeline(parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, path=folder)
+    save_pipeline(parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=folder)
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     normalised = (encode_pixels(parts.vae, pixels) - mean) / std
     expected = np.asarray(decode_latents(parts.vae, normalised * std + mean)[0], dtype=int)
@@ -117,7 +121,9 @@ def test_single_file_of_a_per_channel_run_decodes_as_its_pipeline(tmp_path: Path
 def test_plain_scale_exports_the_autoencoder_bit_for_bit(tmp_path: Path) -> None:
     parts = tiny_sdxl(seed=1)
     mean, std = ScaleLatents().statistics(parts.vae, unmeasured)
-    save_pipeline(parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, path=tmp_path / "pipeline")
+    save_pipeline(
+        parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=tmp_path / "pipeline"
+    )
     again = AutoencoderKL.from_pretrained(tmp_path / "pipeline" / "vae")
     assert again.config.scaling_factor == parts.vae.config.scaling_factor
     assert all(torch.equal(tensor, parts.vae.state_dict()[name]) for name, tensor in again.state_dict().items())
@@ -126,7 +132,9 @@ def test_plain_scale_exports_the_autoencoder_bit_for_bit(tmp_path: Path) -> None
 def test_a_run_becomes_a_single_file_that_says_what_it_is(tmp_path: Path) -> None:
     parts = tiny_sdxl(seed=1)
     mean, std = ScaleLatents().statistics(parts.vae, unmeasured)
-    save_pipeline(parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, path=tmp_path / "run" / "pipeline")
+    save_pipeline(
+        parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=tmp_path / "run" / "pipeline"
+    )
     file = export(tmp_path / "run", tmp_path / "model.safetensors", "fp32")
     with safe_open(file, framework="pt") as content:
         assert {"v_pred", "ztsnr"} <= set(content.keys())

@@ -125,21 +125,19 @@ def test_the_view_opens_at_the_last_step_at_which_all_arms_have_pictures(uri: st
     assert [(card["imageKeys"], card["step"]) for card in pictures] == [(["samples"], 20), (["method"], 0)]
 
 
-def test_parallel_coordinates_have_the_varied_params_that_are_in_all_arms(uri: str, tmp_path: Path) -> None:
-    """MLflow leaves out a run that lacks one of the chart's params."""
+def test_parallel_coordinates_have_the_params_and_metrics_that_are_in_all_arms(uri: str, tmp_path: Path) -> None:
+    """MLflow leaves out a run that lacks one of them."""
 
     def chart() -> dict[str, Any]:
         tags = MlflowClient(tracking_uri=uri).get_experiment_by_name("nai_xl").tags
         cards = json.loads(tags["mlflow.sharedViewState.gammas"])["compareRunCharts"]
         return next(card for card in cards if card["type"] == "PARALLEL")
 
-    begin_sweep("gammas", "", ["loss", "loss.gamma"], ["val/loss", "val/x0_loss"], uri=uri)
-    assert (chart()["selectedParams"], chart()["selectedMetrics"]) == (
-        ["loss", "loss.gamma"],
-        ["val/x0_loss", "val/loss"],
-    )
+    metrics = ["val/loss", "val/x0_loss"]
+    begin_sweep("gammas", "", ["loss", "loss.gamma", "run.seed"], metrics, shared=["loss"], uri=uri)
+    assert (chart()["selectedParams"], chart()["selectedMetrics"]) == (["loss"], ["val/x0_loss", "val/loss"])
     end_sweep([arm(tmp_path / loss, uri, "gammas", loss) for loss in ("uniform", "minsnr")])
-    assert chart()["selectedParams"] == ["loss"]
+    assert (chart()["selectedParams"], chart()["selectedMetrics"]) == (["loss"], ["val/loss"])
 
 
 def test_arms_that_could_not_tell_how_they_ended_are_told_once(uri: str, tmp_path: Path) -> None:

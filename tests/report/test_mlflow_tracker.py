@@ -308,7 +308,7 @@ def test_a_failed_run_says_why_until_it_is_continued(folder: Path, tmp_path: Pat
     with pytest.raises(UserError), MlflowTracker(folder):
         raise UserError("no more\ncoffee")
     found = client(tmp_path).get_run(sent_run(folder))
-    assert found.info.status == "FAILED" and found.data.tags["error"] == "UserError: no more coffee"
+    assert found.info.status == "FAILED" and found.data.tags["error"] == "no more coffee"
     with MlflowTracker(folder):
         pass
     found = client(tmp_path).get_run(sent_run(folder))

@@ -155,13 +155,13 @@ def test_the_width_without_pairing_is_that_of_runs_that_share_nothing(
     held, trials = 0, 1000
     for trial in range(trials):
         arm, baseline = (random_table(2 * trial + i, *layout) for i in range(2))  # type: ignore[arg-type]
-        if same_items:  # their effect is common, and falls out of the difference
+        if same_items:  # what of their effect is common falls out of the difference
             seeds, items, of_seeds, _, of_both = layout
             arm, baseline = (
                 random_table(2 * trial + i, int(seeds), int(items), of_seeds, 0, of_both) for i in range(2)
             )
-            common = 3 * np.random.default_rng(trial).standard_normal((1, int(items)))
-            arm, baseline = arm + common, baseline + common
+            common, own = np.random.default_rng(trial).standard_normal((2, 1, int(items)))
+            arm, baseline = arm + 3 * common, baseline + 3 * common + own * (items > 1)
         found = effect(arm, baseline)
         half = found.unpaired_seeds if same_items else found.unpaired
         assert half is not None
