@@ -114,20 +114,35 @@ def forest(found: Comparison) -> Drawn | None:
         return None
     columns = _columns(len(metrics))
     deep = -(-len(metrics) // columns)
-    names = found.names
-    rows = len(found.arms) - 1
-    with _canvas(2.2 + 4.2 * columns + (2.4 if columns == 1 else 0), deep * (1.5 + 0.62 * rows) + 0.9) as figure:
+    names = [_broken(found.names[arm.label]) for arm in found.arms[1:]]
+    rows = len(names)
+    needed = 3.6 * columns + 0.115 * max(len(line) for name in names for line in name.split("\n"))
+    width = max(2.2 + 4.2 * columns + (2.4 if columns == 1 else 0), needed)
+    lines = max(name.count("\n") for name in names)
+    with _canvas(width, deep * (1.5 + (0.62 + 0.15 * max(0, lines - 1)) * rows) + 0.9) as figure:
         axes = figure.subplots(deep, columns, sharey=True, squeeze=False)
         for axis, metric in zip(axes.flat, metrics, strict=False):
             _forest_panel(axis, metric, found.of(metric))
         for axis in axes.flat[len(metrics) :]:
             axis.set_visible(False)
-        axes[0, 0].set_yticks(range(rows), [names[arm.label] for arm in found.arms[1:]])
+        axes[0, 0].set_yticks(range(rows), names)
         axes[0, 0].set_ylim(rows - 0.4, -0.6)
         for axis in axes[:, 0]:
             axis.tick_params(axis="y", labelsize=14, labelcolor=INK)
-        _title(figure, f"Difference to {names[found.baseline]}", _forest_key(found))
+        _title(figure, f"Difference to {found.names[found.baseline]}", _forest_key(found))
         return _drawn(figure)
+
+
+def _broken(name: str, width: int = 36) -> str:
+    """An arm's name in lines of about `width` characters, broken before a '+'."""
+    lines = [""]
+    for part in name.split(" + "):
+        joined = f"{lines[-1]} + {part}" if lines[-1] else part
+        if len(joined) <= width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(f"+ {part}")
+    return "\n".join(lines)
 
 
 def _title(figure: Figure, words: str, key: Sequence[tuple[Line2D, str]]) -> None:
