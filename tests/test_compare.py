@@ -422,6 +422,16 @@ def test_contact_sheets_are_taken_apart_as_they_were_made(count: int, references
         )
 
 
+@pytest.mark.parametrize("side", [64, 128])
+def test_a_long_prompt_stays_below_its_own_picture(side: int) -> None:
+    def second(first: str) -> bytes:
+        prompts = [Prompt(text, Bucket(side, side)) for text in (first, "a completely red image")]
+        sheet = contact_sheet(prompts, [Image.new("RGB", (side, side)) for _ in prompts])
+        return figures.cells(sheet)[1].caption.tobytes()
+
+    assert second("short") == second("an extraordinarily long prompt " * 20) == second("pneumono" * 20)
+
+
 def test_the_sheets_measures_are_the_evaluators() -> None:
     assert (figures.SHEET_GAP, figures.SHEET_CAPTION) == (evaluate.GAP, evaluate.CAPTION_HEIGHT)
     assert figures.cells(Image.new("RGB", (501, 333))) == []
