@@ -42,6 +42,7 @@ from nai_xl.report.runs import (
     sweep_directories,
     varied_only,
 )
+from nai_xl.report.samples import samples
 from nai_xl.report.wording import about, answer, change, interval, markdown, narrower, number, p_value, percent, remarks
 
 SOURCES = ("experiment", "sweep", "runs")
@@ -208,7 +209,7 @@ def draw(found: Comparison, configs: Mapping[str, DictConfig]) -> dict[str, tupl
     }
     for seed in sorted({seed for arm in found.arms for seed in arm.runs}):
         words = f"The same prompts and the same noise in every arm, after training with seed {seed}."
-        made[f"samples_seed_{seed}"] = (figures.samples(found, seed), words)
+        made[f"samples_seed_{seed}"] = (samples(found, seed), words)
     made["method"] = (weights(found, configs), "What the arms do: noise levels and how much each timestep counts.")
     return {name: (drawn, words) for name, (drawn, words) in made.items() if drawn is not None}
 

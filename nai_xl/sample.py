@@ -31,7 +31,8 @@ from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components, load_sdxl
 from nai_xl.model.text import encode_texts
 from nai_xl.model.vae import decode_latents
-from nai_xl.report.evaluate import Painter, Prompt
+from nai_xl.report.contact_sheet import Prompt
+from nai_xl.report.evaluate import Painter
 from nai_xl.types import Bucket, Denoiser
 
 NEEDED = ["plugins", "native", "run", "schedule", "parameterization", "sampling", "text"]

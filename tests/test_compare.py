@@ -18,10 +18,9 @@ from PIL import Image
 
 from nai_xl import compare
 from nai_xl.errors import UserError
-from nai_xl.report import evaluate, figures
 from nai_xl.report.comparison import Comparison, Question, Row, group
 from nai_xl.report.comparison import compare as compared
-from nai_xl.report.evaluate import Prompt, contact_sheet
+from nai_xl.report.contact_sheet import Prompt, cells, contact_sheet
 from nai_xl.report.mlflow_delivery import Progress
 from nai_xl.report.runs import Run, read_directory
 from nai_xl.report.wording import answer, markdown, remarks
@@ -413,7 +412,7 @@ def test_the_report_goes_where_the_arms_are(
 def test_contact_sheets_are_taken_apart_as_they_were_made(count: int, references: bool) -> None:
     prompts = [Prompt(f"number {i}", Bucket(96, 96), blob(100 + i, 0) if references else None) for i in range(count)]
     samples = [blob(i, 50) for i in range(count)]
-    apart = figures.cells(contact_sheet(prompts, samples))
+    apart = cells(contact_sheet(prompts, samples))
     assert len(apart) == count
     for cell, prompt, sample in zip(apart, prompts, samples, strict=True):
         assert cell.sample.tobytes() == sample.tobytes()
@@ -427,14 +426,13 @@ def test_a_long_prompt_stays_below_its_own_picture(side: int) -> None:
     def second(first: str) -> bytes:
         prompts = [Prompt(text, Bucket(side, side)) for text in (first, "a completely red image")]
         sheet = contact_sheet(prompts, [Image.new("RGB", (side, side)) for _ in prompts])
-        return figures.cells(sheet)[1].caption.tobytes()
+        return cells(sheet)[1].caption.tobytes()
 
     assert second("short") == second("an extraordinarily long prompt " * 20) == second("pneumono" * 20)
 
 
-def test_the_sheets_measures_are_the_evaluators() -> None:
-    assert (figures.SHEET_GAP, figures.SHEET_CAPTION) == (evaluate.GAP, evaluate.CAPTION_HEIGHT)
-    assert figures.cells(Image.new("RGB", (501, 333))) == []
+def test_a_picture_of_another_layout_is_no_contact_sheet() -> None:
+    assert cells(Image.new("RGB", (501, 333))) == []
 
 
 def test_markdown_is_a_table_of_every_row(found: Comparison) -> None:

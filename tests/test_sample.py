@@ -15,7 +15,8 @@ from torch import Tensor
 from nai_xl.diffusion.parameterization import V
 from nai_xl.diffusion.sampling import Sampling
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.report.evaluate import Painter, Prompt, SampleGrid, Studio
+from nai_xl.report.contact_sheet import Prompt
+from nai_xl.report.evaluate import Painter, SampleGrid, Studio
 from nai_xl.sample import main
 from nai_xl.train import Job
 from nai_xl.types import Bucket, Schedule

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from nai_xl.data.index import Item, open_rgb
@@ -16,20 +15,9 @@ from nai_xl.data.loader import Encoded
 from nai_xl.diffusion.sampling import Sampling, sample_latents
 from nai_xl.errors import UserError
 from nai_xl.model.vae import on_canvas
+from nai_xl.report.contact_sheet import Prompt, contact_sheet
 from nai_xl.rng import generator
 from nai_xl.types import Bucket, Denoiser, Ema, Parameterization, Schedule, Tracker
-
-CAPTION_HEIGHT, GAP = 34, 6
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text, its canvas, and the training image it was taken from, if any."""
-
-    text: str
-    bucket: Bucket
-    reference: Image.Image | None = None
-
 
 PIXELS = 2 * 1024 * 1024  # sampled at once
 
@@ -142,38 +130,3 @@ class SampleGrid:
         placed = dict(zip(studio.encoded.index.items, studio.encoded.latents, strict=True))
         chosen = [(item, placed[item][0].placement) for item in self.picked(studio.encoded.index.items)]
         return [Prompt(item.caption, p.bucket, on_canvas(open_rgb(item.path), p)) for item, p in chosen]
-
-
-def contact_sheet(prompts: Sequence[Prompt], samples: Sequence[Image.Image], *, columns: int = 4) -> Image.Image:
-    """Samples in a grid, each with its training image to the left where there is one, and its prompt below."""
-    side = max(max(sample.size) for sample in samples)
-    both = any(prompt.reference for prompt in prompts)
-    width = (2 * side + 2 if both else side) + GAP
-    height = side + CAPTION_HEIGHT + GAP
-    columns = min(columns, len(samples))
-    sheet = Image.new("RGB", (columns * width + GAP, -(-len(samples) // columns) * height + GAP), "white")
-    for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-        left, top = GAP + i % columns * width, GAP + i // columns * height
-        if prompt.reference:
-            _paste_centred(sheet, prompt.reference, left, top, side)
-        _paste_centred(sheet, sample, left + (side + 2 if both else 0), top, side)
-        sheet.paste(_caption(prompt.text or "(empty prompt)", width - GAP), (left, top + side))
-    return sheet
-
-
-def _caption(text: str, width: int) -> Image.Image:
-    """`text` in black on white, `width` x CAPTION_HEIGHT, smaller where it needs more room; cut where it still does."""
-    strip = Image.new("RGB", (width, CAPTION_HEIGHT), "white")
-    for size in (11, 10, 9, 8):
-        font = ImageFont.load_default(size=size)
-        lines = textwrap.wrap(text, max(4, int(width / font.getlength("e"))), break_long_words=False)
-        fits = all(font.getlength(line) <= width for line in lines) and len(lines) * (size + 4) <= CAPTION_HEIGHT
-        if fits:
-            break
-    ImageDraw.Draw(strip).multiline_text((0, 3), "\n".join(lines), fill="black", font=font, spacing=2)
-    return strip
-
-
-def _paste_centred(sheet: Image.Image, image: Image.Image, left: int, top: int, side: int) -> None:
-    sheet.paste((236, 236, 236), (left, top, left + side, top + side))
-    sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))

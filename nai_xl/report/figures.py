@@ -1,4 +1,4 @@
-"""Figures of a comparison: differences with intervals, curves with bands over seeds, samples side by side.
+"""Figures of a comparison: differences with intervals, and curves with bands over seeds.
 
 Each is drawn for a talk and for a page: PNG on white, and SVG whose neutral colours are the page's own, so that it
 stands on light and on dark. Colours are Okabe and Ito's (plots.COLOURS), and no difference is told by colour alone.
@@ -19,7 +19,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
 
 from nai_xl.report.comparison import Arm, Comparison, Row
 from nai_xl.report.paired import NO_DIFFERENCE, ONE_SEED, Array, better_direction, critical_t
@@ -55,10 +54,6 @@ STYLE = {
 }
 DPI = 160
 PER_ROW = 3  # panels side by side
-# of nai_xl.report.evaluate.contact_sheet, whose module would bring the model's libraries
-SHEET_GAP, SHEET_CAPTION, SHEET_COLUMNS = 6, 34, 4
-PROMPTS_SHOWN = 6
-SAMPLE_HEIGHTS = (256, 512)  # pixels of an image in the samples' figure, least and most
 
 
 @dataclass(frozen=True)
@@ -326,121 +321,3 @@ def _difference_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) 
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"))
     counted = any(run.images for arm in found.arms for run in arm.runs.values())
     axis.set_xlabel("images seen" if counted else "optimizer steps")
-
-
-# --- samples ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One prompt of a contact sheet."""
-
-    sample: Image.Image
-    reference: Image.Image | None  # the training image
-    caption: Image.Image
-
-
-def cells(sheet: Image.Image) -> list[Cell]:
-    """A contact sheet taken apart, row by row; empty where its size is not that of one. Empty places are left out."""
-    layout = _layout(sheet.size)
-    if layout is None:
-        return []
-    rows, columns, side, both = layout
-    width, height = (2 * side + 2 if both else side) + SHEET_GAP, side + SHEET_CAPTION + SHEET_GAP
-    found = []
-    for i in range(rows * columns):
-        left, top = SHEET_GAP + i % columns * width, SHEET_GAP + i // columns * height
-        box = sheet.crop((left, top, left + width - SHEET_GAP, top + side))
-        if box.convert("L").getextrema() == (255, 255):
-            continue
-        shift = side + 2 if both else 0
-        caption = sheet.crop((left, top + side, left + width - SHEET_GAP, top + side + SHEET_CAPTION))
-        sample = box.crop((shift, 0, shift + side, side))
-        found.append(Cell(sample, box.crop((0, 0, side, side)) if both else None, caption))
-    return found
-
-
-def _layout(size: tuple[int, int]) -> tuple[int, int, int, bool] | None:
-    """Rows, columns, a cell's side, and whether training images stand beside the samples."""
-    width, height = size[0] - SHEET_GAP, size[1] - SHEET_GAP
-    for rows in range(1, 64):
-        side = height // rows - SHEET_CAPTION - SHEET_GAP
-        if height % rows or side < 8 or side % 8:
-            continue
-        for both in (True, False):
-            cell = (2 * side + 2 if both else side) + SHEET_GAP
-            columns = width // cell
-            if width % cell == 0 and 1 <= columns <= SHEET_COLUMNS and (rows == 1 or columns == SHEET_COLUMNS):
-                return rows, columns, side, both
-    return None
-
-
-def last_sheet(arm: Arm, seed: int) -> Image.Image | None:
-    """The last sample grid of one run."""
-    run = arm.runs.get(seed)
-    grids = sorted((run.path / "samples").glob("step_*.png")) if run is not None and run.path is not None else []
-    if not grids:
-        return None
-    with Image.open(grids[-1]) as image:
-        return image.convert("RGB")
-
-
-def samples(found: Comparison, seed: int) -> Drawn | None:
-    """A row for each of a few prompts, a column for each arm, all painted from the same noise after training with
-    `seed`. None where no two arms have a grid. Grids of another layout are shown whole.
-    """
-    sheets = {arm.label: sheet for arm in found.arms if (sheet := last_sheet(arm, seed)) is not None}
-    if len(sheets) < 2:
-        return None
-    names = found.names
-    apart = {label: cells(sheet) for label, sheet in sheets.items()}
-    count = min(map(len, apart.values()))
-    if not count:
-        return _side_by_side([[(names[label], sheet) for label, sheet in sheets.items()]], seed)
-    shown = [(2 * i + 1) * count // (2 * min(count, PROMPTS_SHOWN)) for i in range(min(count, PROMPTS_SHOWN))]
-    first = next(iter(apart.values()))
-    rows = []
-    for i in shown:
-        row = [("training image", first[i].reference)] if first[i].reference is not None else []
-        rows.append([*row, *((names[label], own[i].sample) for label, own in apart.items())])
-    return _side_by_side(rows, seed, [first[i].caption for i in shown])
-
-
-def _side_by_side(
-    rows: Sequence[Sequence[tuple[str, Image.Image | None]]], seed: int, captions: Sequence[Image.Image] = ()
-) -> Drawn:
-    """One picture of all, each image equally high; drawn by hand, as matplotlib takes seconds for so many axes."""
-    high = min(
-        SAMPLE_HEIGHTS[1], max(SAMPLE_HEIGHTS[0], max(image.height for row in rows for _, image in row if image))
-    )
-    widest = max(image.width / image.height for row in rows for _, image in row if image)
-    wide, strip, gap = round(high * widest), 2 * SHEET_CAPTION if captions else 0, 14
-    bold = matplotlib.font_manager.findfont("DejaVu Sans:bold")
-    heading, label = ImageFont.truetype(bold, 34), ImageFont.truetype(bold, 24)
-    names = ["\n+ ".join(name.split(" + ")) for name, _ in rows[0]]
-    top = gap + 48 + 30 * max(name.count("\n") + 1 for name in names) + gap
-    size = (gap + len(names) * (wide + gap), top + len(rows) * (high + strip + gap))
-    sheet = Image.new("RGB", (max(size[0], 460), size[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((gap, gap), f"Samples with seed {seed}", fill=INK, font=heading)
-    for j, name in enumerate(names):
-        at = (gap + j * (wide + gap) + wide // 2, top - gap // 2)
-        pen.multiline_text(at, name, fill=INK, font=_fitting(label, name, wide), anchor="md", align="center")
-    for i, row in enumerate(rows):
-        y = top + i * (high + strip + gap)
-        for j, (_, image) in enumerate(row):
-            if image is not None:
-                shown = image.resize((round(high * image.width / image.height), high), Image.Resampling.LANCZOS)
-                sheet.paste(shown, (gap + j * (wide + gap) + (wide - shown.width) // 2, y))
-        if captions:
-            text = captions[i].resize((2 * captions[i].width, strip), Image.Resampling.LANCZOS)
-            sheet.paste(text, (gap, y + high))
-    png = io.BytesIO()
-    sheet.save(png, format="PNG")
-    return Drawn(png.getvalue())
-
-
-def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> ImageFont.FreeTypeFont:
-    """The same font, smaller where a line would be wider than its column."""
-    longest = max(font.getlength(line) for line in text.split("\n"))
-    return font if longest <= width else font.font_variant(size=max(11, int(font.size * width / longest)))

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from nai_xl.data.index import Item
-from nai_xl.report.evaluate import Prompt, Studio
+from nai_xl.report.contact_sheet import Prompt
+from nai_xl.report.evaluate import Studio
 from nai_xl.report.items import report
 from nai_xl.types import Bucket
 

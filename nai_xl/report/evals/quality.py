@@ -25,8 +25,9 @@ from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
 from nai_xl.model.clip import check_clip, load_clip
 from nai_xl.model.vae import on_canvas
+from nai_xl.report.contact_sheet import Prompt
 from nai_xl.report.evals.val_loss import item_name
-from nai_xl.report.evaluate import Prompt, Studio
+from nai_xl.report.evaluate import Studio
 from nai_xl.report.items import mean, report
 from nai_xl.types import Placement
 

@@ -19,9 +19,10 @@ from nai_xl.errors import UserError
 from nai_xl.model.clip import load_clip
 from nai_xl.model.tiny import _tokenizer
 from nai_xl.report.comparison import Question, compare
+from nai_xl.report.contact_sheet import Prompt
 from nai_xl.report.evals.quality import Quality, features, fid, kid, load_extractor
 from nai_xl.report.evals.val_loss import item_name
-from nai_xl.report.evaluate import Prompt, Studio
+from nai_xl.report.evaluate import Studio
 from nai_xl.report.items import read_items
 from nai_xl.report.paired import better_direction
 from nai_xl.report.runs import Run, read_directory
