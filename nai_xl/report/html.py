@@ -142,7 +142,7 @@ def _result(row: Row, name: str) -> str:
         f"<td>{percent(row)}</td>",
         f"<td>{interval(row)}</td>",
         f"<td>{p_value(row.p_holm)}</td>",
-        f"<td>{narrower(row)}</td>",
+        f"<td>{narrower(row).replace(' x', '&nbsp;x').replace('seeds ', 'seeds&nbsp;')}</td>",
         f"<td>{f'{e.seeds} x {e.items}' if e and e.items > 1 else e.seeds if e else DASH}</td>",
     ]
     return f'<tr class="{side}">{"".join(cells)}</tr>'
