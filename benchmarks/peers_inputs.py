@@ -58,7 +58,8 @@ def write_model(size: str, folder: Path) -> None:
     factor = components.vae.config.scaling_factor
     mean, std = torch.zeros(4, 1, 1), torch.full((4, 1, 1), 1 / factor)
     weights = components.unet.state_dict()
-    save_pipeline(components, weights, scaled_linear(), Epsilon(), mean=mean, std=std, path=folder)
+    edge = components.unet.config.sample_size * 8
+    save_pipeline(components, weights, scaled_linear(), Epsilon(), mean=mean, std=std, resolution=edge, path=folder)
     for name, part in HUB_TOKENIZERS.items():
         shutil.copytree(folder / part, folder.parent / "tokenizers" / name, dirs_exist_ok=True)
 
