@@ -29,10 +29,12 @@ from nai_xl import train as entry
 from nai_xl.data.cache import DiskCache, content_key
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef
-from nai_xl.engine.loop import RunSettings, Training
+from nai_xl.engine.loop import RunSettings, Stop, Training
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components
+from nai_xl.report import plots
 from nai_xl.report.console import Screen
+from nai_xl.report.tracking import NoTracker
 from nai_xl.types import Batch, Bucket, Cache, Placement
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,10 +71,11 @@ def write(name: str, command: str, settings: Mapping[str, Any], rows: Sequence[R
     """Record rows in `folder`/NAME.json, and as a table in NAME.md, with the command, the settings and the versions."""
     folder.mkdir(parents=True, exist_ok=True)
     date = time.strftime("%Y-%m-%d")
-    record = {"command": command, "date": date, "settings": dict(settings), "versions": versions(), "rows": list(rows)}
+    found = versions()
+    record = {"command": command, "date": date, "settings": dict(settings), "versions": found, "rows": list(rows)}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     lines = [f"# {name}", "", f"`{command}`, {date}", "", *table(rows), ""]
-    for title, pairs in (("Settings", settings), ("Versions", record["versions"])):
+    for title, pairs in (("Settings", settings), ("Versions", found)):
         lines += [f"{title}: " + ", ".join(f"{key} {value}" for key, value in pairs.items()) + ".", ""]
     (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
@@ -267,19 +270,19 @@ def training(
         caught.append(parts)
         raise _Caught
 
-    components: Any = Components(unet, None, (None, None), (None, None))  # type: ignore[arg-type]
+    components: Any = Components(unet, None, (None, None), (None, None))
     checkpoints = job.build(cfg.checkpoint, dir=folder / "checkpoints", keep=1)
     # tensors without values cannot draw the seed that every loader begins with
     loader = mock.patch.object(entry, "batches", return_value=()) if storage else nullcontext()
     with (
         mock.patch.object(entry, "train", door),
-        mock.patch.object(entry.plots, "method"),  # the picture of the method reads values, and is not training
+        mock.patch.object(plots, "method"),  # the picture of the method reads values, and is not training
         mock.patch.object(entry, "diagnose"),
         suppress(_Caught),
         loader,
         storage or nullcontext(),
     ):
-        job._train(components, data, checkpoints, entry.NoTracker(), entry.Stop(), 10**9)
+        job._train(components, data, checkpoints, NoTracker(), Stop(), 10**9)
     parts = caught[0]
     parts.checkpoints = NoCheckpoints()  # type: ignore[assignment]
     parts.evaluate = lambda step, last: {}

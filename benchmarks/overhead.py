@@ -77,7 +77,9 @@ def agreement(ours: Ours, bare: Bare, batches: list[Batch]) -> dict[str, float]:
     return {name: max(abs(a - b) / abs(b) for a, b in rows) for name, rows in pairs.items()}
 
 
-def timed(run: Callable[[Iterator[Batch], int], None], batches: Iterator[Batch], device: torch.device, count: int):
+def timed(
+    run: Callable[[Iterator[Batch], int], None], batches: Iterator[Batch], device: torch.device, count: int
+) -> Callable[[], list[float]]:
     """An arm for `interleave`: a window of `count` steps."""
     ticks = Ticks(batches, device)
 

@@ -199,7 +199,7 @@ def shrink(module: Any, config: dict[str, Any]) -> None:
         )
     }
 
-    class Transformer2DModel(module.Transformer2DModel):  # type: ignore[misc]
+    class Transformer2DModel(module.Transformer2DModel):
         def __init__(self, **settings: Any):
             super().__init__(**settings | sizes[settings["in_channels"]])
 
