@@ -35,6 +35,7 @@ DIRECTIONS = {
     "coherence/count_error": "lower",
     "coherence/cut": "lower",
     "coherence/right": "higher",
+    "coherence/too_many": "lower",
     "quality/fid": "lower",
     "quality/kid": "lower",
     "quality/clip": "higher",

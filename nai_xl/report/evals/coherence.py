@@ -30,8 +30,8 @@ class Coherence(PaintedPrompts):
 
     `bodies`, `colors`, `shapes` and `backgrounds` are those of the prompts: take what the training pictures show.
 
-    coherence/count_error is the mean of |found - prompted|, coherence/surplus of found - prompted, coherence/right the
-    share of samples with the prompted number, coherence/cut the share of a sample's bodies that touch the border.
+    coherence/count_error is the mean of |found - prompted|, coherence/right the share of samples with the prompted
+    number, coherence/too_many of those with more, coherence/cut the share of a sample's bodies that touch the border.
     """
 
     count: Annotated[int, Field(ge=1)] = 8
@@ -62,10 +62,9 @@ class Coherence(PaintedPrompts):
         scene = self.scenes[name]
         # half way from the background to the bodies, as they were prompted
         found = find_bodies(pixels, contrast(scene.colour, scene.background) / 2)
-        surplus = found.count - scene.number
         return {
-            "coherence/count_error": abs(surplus),
-            "coherence/surplus": surplus,
-            "coherence/right": surplus == 0,
+            "coherence/count_error": abs(found.count - scene.number),
+            "coherence/right": found.count == scene.number,
+            "coherence/too_many": found.count > scene.number,
             "coherence/cut": found.cut / max(1, found.count),
         }

@@ -101,7 +101,7 @@ def test_prompts_can_be_of_fewer_things() -> None:
     assert {(scene.shape, scene.colour) for scene in scenes} <= {("circle", "black"), ("circle", "white")}
 
 
-@pytest.mark.parametrize("surplus", [0, -1])
+@pytest.mark.parametrize("surplus", [-1, 0, 1])
 def test_what_it_says_of_painted_truths(studio: Make, monkeypatch: pytest.MonkeyPatch, surplus: int) -> None:
     def painted(_: Painter, prompts: Any, seed: int, *, batch: int) -> list[Image.Image]:
         images = []
@@ -109,17 +109,17 @@ def test_what_it_says_of_painted_truths(studio: Make, monkeypatch: pytest.Monkey
             scene = read(prompt.text)
             assert scene is not None
             number = max(1, scene.number + surplus)
-            images.append(Picture(scene._replace(number=number), *prompt.bucket, draws(seed, 1)).rgb())
+            images.append(Picture(scene._replace(number=number, place=""), *prompt.bucket, draws(seed, 1)).rgb())
         return [Image.fromarray(image) for image in images]
 
     monkeypatch.setattr(Painter, "paint", painted)
     scene = studio()
     values = Coherence(every=1, count=8, sizes=(1, 2)).run(4, scene)
-    wrong = 0.75 if surplus else 0  # of the prompted one body there is still one
+    wrong = {-1: 0.75, 0: 0, 1: 1}[surplus]  # of the prompted one body there is still one
     for suffix in ("", "_2x"):
         assert values[f"coherence/count_error{suffix}"] == wrong
-        assert values[f"coherence/surplus{suffix}"] == -wrong
+        assert values[f"coherence/too_many{suffix}"] == (surplus > 0)
         assert values[f"coherence/right{suffix}"] == 1 - wrong
         assert values[f"coherence/cut{suffix}"] == 0
-    items = read_items(scene.run_dir, "coherence/surplus_2x")[4]
-    assert len(items) == 8 and all(value == (0 if name[0] == "1" else surplus) for name, value in items.items())
+    items = read_items(scene.run_dir, "coherence/count_error_2x")[4]
+    assert len(items) == 8 and sum(items.values()) == 8 * wrong
