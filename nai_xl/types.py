@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class Native:
     """What belongs to a model's size: canvas edge and bucket step in pixels, learning rate, images per micro-batch."""
 
-    resolution: int
-    bucket_step: int
+    resolution: Annotated[int, Field(ge=8)]
+    bucket_step: Annotated[int, Field(ge=8, multiple_of=8)]
     lr: float
     batch_size: int
 

@@ -40,6 +40,7 @@ def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("+sede=3", "no setting 'sede'"),
         ("run.sede=3", "no parameter 'sede' in RunSettings; did you mean 'seed'?"),
         ("run.seed=1.5", "run.seed=1.5"),
+        ("native.resolution=-64", "native.resolution=-64: input should be greater than or equal to 8"),
         ("run.batch_size=0", "run.batch_size=0: input should be greater than or equal to 1"),
         ("run.workers=-1", "run.workers=-1: input should be greater than or equal to 0"),
         ("run.sede=3 loss.gama=1", "run.sede: no parameter 'sede' in RunSettings"),

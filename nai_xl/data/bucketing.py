@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field
 
 from nai_xl.errors import UserError
 from nai_xl.types import Bucket, Placement
@@ -69,7 +72,7 @@ class AspectBuckets(_Placing):
     Raises UserError when no bucket results, or sides are not multiples of the autoencoder's 8 pixels.
     """
 
-    resolution: int
+    resolution: Annotated[int, Field(ge=8)]
     step: int = 64
     max_aspect: float = 4.0
     crops: int = 1
@@ -89,7 +92,7 @@ class AspectBuckets(_Placing):
 class SquareBucket(_Placing):
     """One square canvas for every image: the centre crop that aspect bucketing is compared with."""
 
-    resolution: int
+    resolution: Annotated[int, Field(ge=8)]
     crops: int = 1
     flip: bool = False
 
