@@ -49,6 +49,7 @@ def main() -> None:
         libraries: dict[str, str] = {}
         rows = [row for name in options.rows.split(",") for row in measure(options, setup, name, libraries)]
         name = f"peers_{options.size}_{options.device}_{'fp32' if options.precision == 'no' else options.precision}"
+        name += "_checkpointing" * options.checkpointing
         write(name, told(options), settings(setup, agreement, libraries), rows)
     except Failed as error:
         sys.exit(f"error: {error}")

@@ -46,7 +46,6 @@ from nai_xl.report.samples import samples
 from nai_xl.report.wording import about, answer, change, interval, markdown, narrower, number, p_value, percent, remarks
 
 SOURCES = ("experiment", "sweep", "runs")
-EXPERIMENT = "nai_xl"  # in MLflow, as conf/tracker/mlflow.yaml has it
 SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "uri")
 
 
@@ -147,19 +146,21 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Found:
 def _in_mlflow(asked: Asked, output_dir: Path) -> Found:
     """Runs by an MLflow filter: from their directory where it is here, else from MLflow's own history."""
     uri = asked.settings.get("uri") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    client, everything = search_mlflow(uri, EXPERIMENT, asked.settings["runs"])
+    client, everything = search_mlflow(uri, asked.settings["runs"])
     selected = [one for one in everything if "sweep_summary" not in one.data.tags]
+    sent = {path.parent: Progress.read(path.parent) for path in output_dir.glob("*/mlflow.json")}
+    here = {progress.run_id: path for path, progress in sent.items() if progress}
     runs, configs = [], {}
     for one in selected:
-        path = output_dir / str(one.info.run_name)
-        if (path / "metrics.jsonl").is_file():
+        if path := here.get(one.info.run_id):
             configs[path.name] = _config(path)
             runs.append(read_directory(path, _flat(path, configs[path.name])))
         else:
             runs.append(read_mlflow(client, one))
     sweeps = {one.data.tags.get("sweep") for one in selected}
     name = sweeps.pop() if len(sweeps) == 1 else None
-    question = _question(next(iter(configs.values()), OmegaConf.create({})), name or "runs")
+    known = next(iter(configs.values()), OmegaConf.create())
+    question = _question(known, name) if name else Question("runs")  # of several sweeps, none of their questions
     named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, IGNORED)
     return Found(named, question, output_dir, configs)
 

@@ -220,13 +220,16 @@ def _hint(target: Callable[..., Any], name: str) -> Any:
 def signature(cfg: DictConfig) -> str:
     """8 hex characters over everything that can change the trained weights, so that a run directory is never shared."""
     content: Any = OmegaConf.to_container(cfg, resolve=True)
-    # a curve over the whole run depends on its length, a constant rate does not
-    fixed = str(cfg.lr.get("_target_", "")).endswith(".constant")
-    for path in (*VOLATILE, *(LENGTH if fixed else ())):
+    for path in (*VOLATILE, *(LENGTH if open_ended(cfg) else ())):
         *parents, leaf = path.split(".")
         node = functools.reduce(lambda n, key: n.get(key, {}), parents, content)
         node.pop(leaf, None)
     return hashlib.sha256(json.dumps(_whole(content), sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def open_ended(cfg: DictConfig) -> bool:
+    """Whether a longer run continues a shorter one: a rate's curve depends on the length, a constant rate does not."""
+    return str(cfg.lr.get("_target_", "")).endswith(".constant")
 
 
 def run_dir(cfg: DictConfig, choices: Mapping[str, str]) -> Path:

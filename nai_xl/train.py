@@ -141,7 +141,8 @@ class Job:
             done = checkpoints.latest_step()
             self.note.reached(done, self.settings.images_per_step(self.accelerator.num_processes))
             more = f", more than the {steps} asked for; name=NAME begins a shorter one" if done > steps else ""
-            self.screen.say(f"finished: this run has {done} steps{more}; a larger run.max_images continues it")
+            longer = "continues it" if config.open_ended(self.cfg) else "with this lr is another run"
+            self.screen.say(f"finished: this run has {done} steps{more}; a larger run.max_images {longer}")
             self._say_where(())
             return
         if self.accelerator.is_main_process:

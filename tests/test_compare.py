@@ -4,11 +4,13 @@ import csv
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from io import StringIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,12 @@ def test_what_is_not_finite_is_left_out_and_said() -> None:
 def test_without_a_common_seed_there_is_no_pair() -> None:
     runs = [curve_run("a", 0, {100: 1.0}), curve_run("b", 1, {100: 2.0})]
     assert compared(runs, Question("x", baseline="loss=a")).rows[0].verdict == "no pairs"
+
+
+def test_a_failed_baseline_is_said_with_its_error() -> None:
+    runs = [curve_run("a", 0, {}, status="FAILED", error="out of memory"), curve_run("b", 0, {100: 2.0})]
+    row = compared(runs, Question("x", baseline="loss=a")).rows[0]
+    assert row.verdict == "no pairs" and "the baseline failed with seed 0: out of memory" in row.notes
 
 
 def test_one_seed_is_not_judged_even_with_items(outputs: Path) -> None:
@@ -376,6 +384,23 @@ def test_runs_whose_directories_are_elsewhere_come_from_mlflow(told: Command, tm
     assert re.search(r"minsnr +better", out) and (tmp_path / "compare-far" / "report.html").is_file()
     assert "selects no run" in told("runs=tags.sweep = 'none'", f"uri={uri}", status=1)
     assert "MLflow at" in told("runs=tags.sweep is odd", f"uri={uri}", status=1)
+
+
+def test_runs_in_mlflow_are_read_from_their_directories_where_these_are_here(
+    told: Command, outputs: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    uri, here = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "here"
+    shutil.copytree(outputs, here)
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("mine", artifact_location=tmp_path.as_uri())
+    for arm, seed in product(("uniform", "minsnr"), "012"):
+        # an arm has another name there than its directory
+        run = client.create_run(experiment, run_name="v s0", tags={"sweep": "losses", "seed": seed, "loss": arm})
+        Progress(uri, "mine", "token", experiment, run.info.run_id).write(here / f"{arm}-{seed}")
+    out = told("runs=tags.sweep = 'losses'", f"uri={uri}", f"output_dir={here}")
+    assert QUESTION in out and re.search(r"minsnr +better .* 3 x [2-9]", out) and "MLflow: http" in out
 
 
 def test_the_report_goes_where_the_arms_are(

@@ -98,11 +98,16 @@ def test_the_pipeline_holds_the_averaged_weights(small: Compose) -> None:
     assert all(torch.equal(exported[name], averaged[f"ema/shadow/{name}"]) for name in exported)
 
 
-def test_a_finished_run_is_not_trained_again(small: Compose, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run(small("run.max_images=4"))
+@pytest.mark.parametrize(("lr", "longer"), [("constant", "continues it"), ("cosine", "with this lr is another run")])
+def test_a_finished_run_is_not_trained_again(
+    small: Compose, capsys: pytest.CaptureFixture[str], lr: str, longer: str
+) -> None:
+    folder = run(small("run.max_images=4", f"lr={lr}"))
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.suffix in (".safetensors", ".jsonl", ".png")}
-    assert run(small("run.max_images=4")) == folder
-    assert "finished" in capsys.readouterr().out
+    assert run(small("run.max_images=4", f"lr={lr}")) == folder
+    out = capsys.readouterr().out
+    assert "finished" in out and f"a larger run.max_images {longer}" in out
+    assert (config.run_dir(small("run.max_images=8", f"lr={lr}"), {}) == folder) == (lr == "constant")
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 

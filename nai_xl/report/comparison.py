@@ -239,7 +239,7 @@ def choose_metrics(arms: Sequence[Arm], named: Sequence[str]) -> tuple[list[str]
 
 def measure(metric: str, arm: Arm, baseline: Arm) -> Row:
     """The row without what depends on all the others: Holm's adjustment and the verdict."""
-    failures = [f"failed with seed {run.seed}: {run.error or 'no reason noted'}" for run in arm.failed]
+    failures = _failures(arm)
     if not arm.runs:
         return Row(metric, arm.label, FAILED, notes=failures)
     if not any(metric in run.curves for run in arm.runs.values()):
@@ -249,7 +249,8 @@ def measure(metric: str, arm: Arm, baseline: Arm) -> Row:
     pairs = {seed: (arm.runs[seed], baseline.runs[seed]) for seed in common}
     step = last_common_step(metric, [run for pair in pairs.values() for run in pair])
     if step is None:
-        return Row(metric, arm.label, NO_PAIRS, notes=[*failures, "no seed or no step in common with the baseline"])
+        nothing = "no seed or no step in common with the baseline"
+        return Row(metric, arm.label, NO_PAIRS, notes=[*failures, *_failures(baseline, "the baseline "), nothing])
     finite = {
         seed: pair for seed, pair in pairs.items() if all(math.isfinite(run.curves[metric][step]) for run in pair)
     }
@@ -293,6 +294,10 @@ def item_tables(metric: str, pairs: Sequence[tuple[Run, Run]], step: int) -> tup
     return first, second
 
 
+def _failures(arm: Arm, who: str = "") -> list[str]:
+    return [f"{who}failed with seed {run.seed}: {run.error or 'no reason noted'}" for run in arm.failed]
+
+
 def _remarks(
     metric: str,
     arm: Arm,
@@ -307,8 +312,7 @@ def _remarks(
         only = [seed for seed in side.runs if seed not in pairs and seed not in told]
         if only:
             yield f"{_seeds(only)} only in {name}: left out"
-    for run in baseline.failed:
-        yield f"the baseline failed with seed {run.seed}"
+    yield from _failures(baseline, "the baseline ")
     if len(finite) < len(pairs):
         lost = [seed for seed in pairs if seed not in finite]
         yield f"not finite with {_seeds(lost)}: left out, which flatters one side"

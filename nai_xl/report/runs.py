@@ -161,21 +161,22 @@ STATUS = {"KILLED": "STOPPED", "SCHEDULED": "RUNNING"}
 NOTES = ("seed", "error", "git_commit", "data_fingerprint", "signature")  # tags that name no choice
 
 
-def search_mlflow(uri: str, experiment: str, query: str) -> tuple[MlflowClient, list[MlflowRun]]:
-    """The runs that an MLflow filter string selects. Raises UserError when it cannot be answered or selects none."""
+def search_mlflow(uri: str, query: str) -> tuple[MlflowClient, list[MlflowRun]]:
+    """The runs of every experiment that an MLflow filter string selects.
+
+    Raises UserError when it cannot be answered or selects none.
+    """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
         client = MlflowClient(tracking_uri=uri)
-        known = client.get_experiment_by_name(experiment)
-        found = [] if known is None else list(client.search_runs([known.experiment_id], query, max_results=1000))
+        experiments = [known.experiment_id for known in client.search_experiments()]
+        found = list(client.search_runs(experiments, query, max_results=1000))
     except (MlflowException, OSError) as error:
         raise UserError(f"runs={query!r}: MLflow at {uri} says: {error}; set uri=... if it is another store") from error
     if not found:
-        raise UserError(
-            f"runs={query!r} selects no run of experiment {experiment} at {uri}; set uri=... or another filter"
-        )
+        raise UserError(f"runs={query!r} selects no run at {uri}; set uri=... or another filter")
     return client, found
 
 
