@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -29,10 +28,11 @@ from nai_xl.data.cache import write_atomically
 from nai_xl.diffusion.diagnosis import Diagnosis, diagnose
 from nai_xl.errors import UserError
 from nai_xl.report import figures, html, plots
-from nai_xl.report.comparison import NOT_OF_THE_METHOD, Comparison, Question, Row, compare
+from nai_xl.report.comparison import NOT_OF_THE_METHOD, Comparison, Question, compare
 from nai_xl.report.figures import Drawn
 from nai_xl.report.mlflow_delivery import Progress
 from nai_xl.report.mlflow_sweep import log_summary
+from nai_xl.report.results import CSV_COLUMNS, as_json, tidy
 from nai_xl.report.runs import (
     Run,
     named_by_differences,
@@ -43,7 +43,7 @@ from nai_xl.report.runs import (
     varied_only,
 )
 from nai_xl.report.samples import samples
-from nai_xl.report.wording import about, answer, change, interval, markdown, narrower, number, p_value, percent, remarks
+from nai_xl.report.wording import about, change, interval, markdown, narrower, number, p_value, percent, remarks
 
 SOURCES = ("experiment", "sweep", "runs")
 SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "uri")
@@ -114,18 +114,20 @@ def find(asked: Asked) -> Found:
 
 
 def _of_sweep(asked: Asked, output_dir: Path) -> Found:
-    name = asked.settings.get("sweep", "")
+    question = Question(asked.settings.get("sweep", ""))
     if experiment := asked.settings.get("experiment"):
         points = config.combinations([f"experiment={experiment}"], asked.config_dir)
         _, _, cfg = next(points)
         points.close()  # type: ignore[attr-defined]
-        name = _question(cfg, experiment).name
+        question = _question(cfg, experiment)
         output_dir = output_dir if "output_dir" in asked.settings else Path(cfg.output_dir)
-    paths = sweep_directories(output_dir, name)
+    paths = sweep_directories(output_dir, question.name)
     configs = {path.name: _config(path) for path in paths}
-    runs = [read_directory(path, _flat(path, configs[path.name]), name) for path in paths]
-    written = [cfg for cfg in configs.values() if "sweep" in cfg]  # not yet by an arm that was stopped early
-    return Found(runs, _question(written[-1] if written else OmegaConf.create(), name), output_dir, configs)
+    runs = [read_directory(path, _flat(path, configs[path.name]), question.name) for path in paths]
+    for cfg in configs.values():  # an arm that was trained for another sweep has that one's question
+        if OmegaConf.select(cfg, "sweep.name") == question.name:
+            question = _question(cfg, question.name)
+    return Found(runs, question, output_dir, configs)
 
 
 def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Found:
@@ -243,67 +245,7 @@ def _alike(one: Diagnosis, other: Diagnosis) -> bool:
     )
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-CSV_COLUMNS = (
-    "metric arm baseline verdict mean baseline_mean difference percent low high p p_holm df bootstrap_low "
-    "bootstrap_high unpaired_half_width times_narrower times_narrower_seeds seeds items step images notes"
-).split()
-
-
-def tidy(found: Comparison, row: Row) -> dict[str, object]:
-    """One row of results.csv; None where there is no number."""
-    e = row.effect
-    low, high = e.bootstrap if e and e.bootstrap else (None, None)
-    return {
-        "metric": row.metric,
-        "arm": row.arm,
-        "baseline": found.baseline,
-        "verdict": row.verdict,
-        "mean": row.mean,
-        "baseline_mean": row.baseline_mean,
-        "difference": e and e.difference,
-        "percent": row.percent,
-        "low": e and e.low,
-        "high": e and e.high,
-        "p": e and e.p,
-        "p_holm": row.p_holm,
-        "df": e and e.df,
-        "bootstrap_low": low,
-        "bootstrap_high": high,
-        "unpaired_half_width": e and e.unpaired,
-        "times_narrower": e and e.factor,
-        "times_narrower_seeds": e and e.factor_seeds,
-        "seeds": " ".join(map(str, row.seeds)),
-        "items": e and e.items,
-        "step": row.step,
-        "images": row.images,
-        "notes": "; ".join(row.notes),
-    }
-
-
-def as_json(found: Comparison) -> dict[str, Any]:
-    """All of the comparison but its curves."""
-    return {
-        "name": found.asked.name,
-        "question": found.asked.question,
-        "baseline": found.baseline,
-        "answers": {metric: answer(found, metric) for metric in found.metrics},
-        "arms": [
-            {
-                "arm": arm.label,
-                "choices": dict(arm.choices),
-                "runs": {str(seed): run.name for seed, run in arm.runs.items()},
-                "failed": {str(run.seed): run.error for run in arm.failed},
-            }
-            for arm in found.arms
-        ],
-        "results": [{**tidy(found, row), "seeds": list(row.seeds), "notes": list(row.notes)} for row in found.rows],
-        "images_to_target": [asdict(target) for target in found.targets],
-        "cost": [asdict(cost) for cost in found.costs],
-        "differences": found.differences,
-        "notes": list(found.notes),
-    }
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write(found: Comparison, folder: Path, drawn: Mapping[str, tuple[Drawn, str]]) -> list[Path]:
@@ -316,7 +258,7 @@ def write(found: Comparison, folder: Path, drawn: Mapping[str, tuple[Drawn, str]
             writer.writeheader()
             writer.writerows(tidy(found, row) for row in found.rows)
         (folder / "report.md").write_text(markdown(found), encoding="utf-8")
-        text = json.dumps(_finite(as_json(found)), indent=2, default=str, allow_nan=False)
+        text = json.dumps(as_json(found), indent=2, default=str, allow_nan=False)
         data.write_text(text + "\n", encoding="utf-8")
         for name, (figure, _) in drawn.items():
             (folder / f"{name}.png").write_bytes(figure.png)
@@ -344,15 +286,6 @@ def log(found: Comparison, files: Sequence[Path]) -> str:
     except UserError as error:
         return f"not in MLflow: {error}"
     return f"MLflow: {page}"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: settings that are infinite are written as words."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- screen -----------------------------------------------------------------------------------------------------------

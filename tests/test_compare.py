@@ -327,12 +327,13 @@ def test_an_experiment_names_its_sweep(told: Command, outputs: Path) -> None:
 
 
 def test_lists_name_arms_and_a_sweep_keeps_its_question(told: Command, tmp_path: Path) -> None:
-    """[math] is no markup, and the newest arm may have been stopped before it wrote its config."""
-    asked = {"baseline": "memory=[sdpa]", "metrics": ["val/loss"]}
+    """[math] is no markup; an arm may have been trained for another sweep, or stopped before it wrote its config."""
+    asked = {"name": "memory", "baseline": "memory=[sdpa]", "metrics": ["val/loss"]}
+    other = {"name": "other", "baseline": "memory=[math]", "question": "another"}
     for arm in ("[math]", "[sdpa]", "[sdpa,tf32]"):
-        for seed in (0, 1):
+        for seed, question in enumerate((asked, other, asked)):
             choice, effect = {"memory": arm}, {"val/loss": 0.1}
-            newest = write_run(tmp_path, choice, seed, effect=effect, sweep="memory", question=asked)
+            newest = write_run(tmp_path, choice, seed, effect=effect, sweep="memory", question=question)
     (newest / "config.yaml").unlink()
     out = told("sweep=memory", f"output_dir={tmp_path}")
     assert "Baseline: memory=[sdpa]." in out and re.search(r"\[sdpa\] +baseline", out) and "[sdpa,tf32]" in out
