@@ -25,15 +25,15 @@ from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.index import Index
 from nai_xl.data.loader import PositionDataset
 from nai_xl.data.plan import Plan, by_bucket
-from nai_xl.data.sources import FolderSource
+from nai_xl.data.source.folder import FolderSource
 from nai_xl.engine.encode import Encoder
+from nai_xl.interfaces import Bucket
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.random import sdxl_random
 from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl_random import sdxl_random
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.model.vae import encode_pixels
-from nai_xl.types import Bucket
 
 NATIVE = {"tiny": 128, "sdxl": 1024}
 SDXL = Shapes(1024, 2048, 1280)

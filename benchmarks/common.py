@@ -29,13 +29,13 @@ from nai_xl import train as entry
 from nai_xl.data.cache import DiskCache, content_key
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef
+from nai_xl.engine.console import Screen
 from nai_xl.engine.loop import RunSettings, Stop, Training
+from nai_xl.evals import method_figure
+from nai_xl.interfaces import Batch, Bucket, Cache, Placement
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components
-from nai_xl.report import plots
-from nai_xl.report.console import Screen
-from nai_xl.report.tracking import NoTracker
-from nai_xl.types import Batch, Bucket, Cache, Placement
+from nai_xl.tracker.jsonl import NoTracker
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -276,7 +276,7 @@ def training(
     loader = mock.patch.object(entry, "batches", return_value=()) if storage else nullcontext()
     with (
         mock.patch.object(entry, "train", door),
-        mock.patch.object(plots, "method"),  # the picture of the method reads values, and is not training
+        mock.patch.object(method_figure, "method"),  # the picture of the method reads values, and is not training
         mock.patch.object(entry, "diagnose"),
         suppress(_Caught),
         loader,

@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nai_xl.data.cache import MemoryCache
 from nai_xl.engine.loop import Stop, train
-from nai_xl.model.random import random_unet
+from nai_xl.interfaces import Bucket
+from nai_xl.model.sdxl_random import random_unet
 from nai_xl.model.tiny import tiny_sdxl
-from nai_xl.types import Bucket
 
 PARTS = ("forward", "backward", "update", "rest")
 NAMES = {"unet": "forward", "accelerator.backward": "backward", "update": "update", "batches": "data"}

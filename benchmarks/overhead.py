@@ -34,8 +34,8 @@ from common import (
 )
 
 from nai_xl.engine.loop import RunSettings, Stop, train
+from nai_xl.interfaces import Batch
 from nai_xl.model.tiny import tiny_sdxl
-from nai_xl.types import Batch
 
 RESOLUTION, LR = 128, 1e-3
 ARM = ["tracker=jsonl", "lr.warmup=0"]

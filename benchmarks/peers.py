@@ -25,7 +25,7 @@ from peers_arms import ARMS, RATE, ROWS, Arm, Setup, diffusers, images, ours, sd
 from peers_inputs import write_images, write_model
 from peers_parity import TOLERANCE, passed
 
-from nai_xl.engine import hardware
+from nai_xl.engine import gpus
 from nai_xl.model.flops import skeleton, training_flops
 
 HERE = Path(__file__).parent
@@ -162,7 +162,7 @@ def figures(setup: Setup, record: dict[str, Any]) -> Row:
     row: Row = {"median s": step["median"], "p10 s": step["p10"], "p90 s": step["p90"], "images/s": pace}
     config = json.loads((setup.model / "unet" / "config.json").read_text())
     row["TFLOP/s"] = pace * training_flops(skeleton(config), setup.edge, setup.edge) / 1e12
-    gpu = hardware.find(torch.cuda.get_device_name()) if setup.gpu else None
+    gpu = gpus.find(torch.cuda.get_device_name()) if setup.gpu else None
     if gpu:
         row["MFU %"] = 100 * row["TFLOP/s"] / gpu.bf16_tflops
     if setup.gpu:

@@ -19,10 +19,10 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon
 from nai_xl.diffusion.schedule import scaled_linear
 from nai_xl.diffusion.timesteps import uniform
-from nai_xl.engine.distributed import SingleProcess
-from nai_xl.engine.update import WholeUpdate
+from nai_xl.distributed.options import SingleProcess
+from nai_xl.interfaces import Batch
 from nai_xl.model.sdxl import load_sdxl
-from nai_xl.types import Batch
+from nai_xl.optimizer.update import WholeUpdate
 
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}  # relative; architecture's fair-measurement rule
 Step = dict[str, Tensor]

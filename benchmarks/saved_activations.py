@@ -16,12 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_xl.engine.memory import layout
-from nai_xl.engine.memory.attention import Sdpa
-from nai_xl.engine.memory.checkpointing import GradientCheckpointing
-from nai_xl.engine.memory.layout import ChannelsLast
+from nai_xl.interfaces import MemoryAction
+from nai_xl.memory import layout
+from nai_xl.memory.attention import Sdpa
+from nai_xl.memory.checkpointing import GradientCheckpointing
+from nai_xl.memory.layout import ChannelsLast
 from nai_xl.model.sdxl import SDXL_BASE
-from nai_xl.types import MemoryAction
 
 ROWS: dict[str, list[MemoryAction]] = {
     "math": [Sdpa("math")],

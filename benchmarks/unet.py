@@ -40,10 +40,10 @@ from common import (
 )
 
 from nai_xl.data.cache import MemoryCache
-from nai_xl.engine import hardware
+from nai_xl.engine import gpus
 from nai_xl.engine.loop import Stop, train
 from nai_xl.model.flops import training_flops
-from nai_xl.model.random import random_unet
+from nai_xl.model.sdxl_random import random_unet
 from nai_xl.model.tiny import tiny_sdxl
 
 NATIVE = {"tiny": 128, "sdxl": 1024}
@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> list[Row]:
         raise SystemExit(
             f"--device {args.device}: give --device cpu without a GPU, and hide it (CUDA_VISIBLE_DEVICES=)"
         )
-    gpu = hardware.find(torch.cuda.get_device_name()) if args.device == "cuda" else None
+    gpu = gpus.find(torch.cuda.get_device_name()) if args.device == "cuda" else None
     best = in_a_process({"gemm": True}).get("TFLOP/s")
     rows: list[Row] = []
     for resolution, batch in itertools.product(args.resolution or [NATIVE[args.size]], args.batch):

@@ -19,44 +19,44 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nai_xl import config
-from nai_xl.data.cache import write_atomically
 from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import Encoded, LatentRef, RankBatches, batches
 from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import Stratified
-from nai_xl.engine.arm import ArmNote, objective
 from nai_xl.engine.checkpoint import ModuleState
-from nai_xl.engine.ema import NoEma
+from nai_xl.engine.console import Screen, counted
 from nai_xl.engine.encode import Encoder
-from nai_xl.engine.hardware import find
+from nai_xl.engine.gpus import find
 from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, train
-from nai_xl.engine.memory import process_wide
-from nai_xl.engine.memory.compiled import uncompiled
-from nai_xl.engine.memory.together import autocast, refuse_misfits
-from nai_xl.engine.optimizer import LearningRate
-from nai_xl.engine.optimizers.stochastic import keep_layout
+from nai_xl.engine.meter import Meter
+from nai_xl.engine.precompile import warm_up
 from nai_xl.engine.prefetch import on_device
-from nai_xl.engine.run_dir import RunDirectory
-from nai_xl.engine.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
-from nai_xl.engine.warm import warm_up
-from nai_xl.inspect import headline
+from nai_xl.evals import method_figure
+from nai_xl.evals.painter import Studio
+from nai_xl.files import write_atomically
+from nai_xl.inspect.combinations import headline
+from nai_xl.interfaces import Batch, Bucket, Tracker
+from nai_xl.memory import process_wide
+from nai_xl.memory.compatibility import autocast, refuse_misfits
+from nai_xl.memory.compiled import uncompiled
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, Statistics, in_words, read_statistics, write_statistics
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components, check_sdxl
 from nai_xl.model.vae import decode_latents
-from nai_xl.report import plots
-from nai_xl.report.console import Screen, counted
-from nai_xl.report.evaluate import Studio
-from nai_xl.report.metrics import Meter
-from nai_xl.report.profile import NoProfiler, Profiler, Setup
-from nai_xl.report.provenance import git_commit
-from nai_xl.report.tracking import NoTracker
-from nai_xl.sweep import Sweep, arm_of
-from nai_xl.types import Batch, Bucket, Tracker
+from nai_xl.optimizer.ema import NoEma
+from nai_xl.optimizer.lr import LearningRate
+from nai_xl.optimizer.stochastic import keep_layout
+from nai_xl.optimizer.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
+from nai_xl.profiler.profiler import NoProfiler, Profiler, Setup
+from nai_xl.record.arm import ArmNote, objective
+from nai_xl.record.provenance import git_commit
+from nai_xl.record.run_dir import RunDirectory
+from nai_xl.sweep.launch import Sweep, arm_of
+from nai_xl.tracker.jsonl import NoTracker
 
 
 class Stopped(KeyboardInterrupt):
@@ -255,7 +255,9 @@ class Job:
         studio = self._studio(components, encoded, ema, tracker)
         self._say_plan(components, encoded, start, steps)
         if start == 0 and accelerator.is_main_process:
-            tracker.figure("method", 0, plots.method([plots.Arm(diagnose(self.native))], headline(self.choices)))
+            tracker.figure(
+                "method", 0, method_figure.method([method_figure.Arm(diagnose(self.native))], headline(self.choices))
+            )
         read = batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
         self._warm_up(unet, encoded, read, tracker, start)
         profiler = self._profiler(tracker, steps - start)

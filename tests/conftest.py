@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from nai_xl import config
-from nai_xl.types import Batch
+from nai_xl.interfaces import Batch
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they bring
 
@@ -27,7 +27,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled blocks run torch's traced graphs as they are: making kernels of them takes a minute and a compiler."""
-    monkeypatch.setattr("nai_xl.engine.memory.compiled.BACKEND", "aot_eager")
+    monkeypatch.setattr("nai_xl.memory.compiled.BACKEND", "aot_eager")
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nai_xl import config
-from nai_xl.engine.ema import StandardEma
 from nai_xl.errors import UserError
+from nai_xl.optimizer.ema import StandardEma
 from nai_xl.train import Job
 from tests.conftest import SMALL
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from nai_xl import config
-from nai_xl.engine.memory import process_wide
+from nai_xl.memory import process_wide
 from nai_xl.model.tiny import tiny_sdxl
 
 FURTHER = "[sdpa,bf16_weights]"  # needs an optimizer of its own, and so is no arm

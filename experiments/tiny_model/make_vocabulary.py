@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from nai_xl.data.sample import RECIPE
+from nai_xl.data.source.photographs import RECIPE
 
 COMMON = """
 a an the of in on at with and or from by to under over above below behind beside between near next inside outside into

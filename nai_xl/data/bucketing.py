@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from nai_xl.errors import UserError
-from nai_xl.types import Bucket, Placement
+from nai_xl.interfaces import Bucket, Placement
 
 
 def novelai_buckets(resolution: int, step: int, max_aspect: float) -> list[Bucket]:

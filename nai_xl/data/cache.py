@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -20,27 +17,12 @@ from torch import Tensor
 
 from nai_xl.data.tensor_file import is_whole, read_tensors
 from nai_xl.errors import UserError
-
-
-def user_cache() -> Path:
-    """$NAI_XL_CACHE, or the user's cache directory of this platform."""
-    return Path(os.environ.get("NAI_XL_CACHE") or platformdirs.user_cache_dir("nai_xl", appauthor=False))
+from nai_xl.files import user_cache, write_atomically
 
 
 def content_key(*parts: object) -> str:
     """The name of what is made from `parts`: 64 hex characters that change when any of them does."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)` beside `path`, then rename: readers see the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")  # other hosts may share the folder
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nai_xl.data.remembered import Remembered, remembered
+from nai_xl.data.scan_cache import Remembered, remembered
 from nai_xl.errors import UserError, one_line
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})

@@ -14,8 +14,8 @@ from nai_xl.data.index import Index, Item
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.plan import Plan
 from nai_xl.errors import UserError
+from nai_xl.interfaces import Batch, Cache, Placement
 from nai_xl.rng import draws
-from nai_xl.types import Batch, Cache, Placement
 
 RECENT = 64  # captions whose conditions a reader keeps, 20 MB for SDXL
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nai_xl.diffusion.loss import min_snr_plus_one
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import density
-from nai_xl.types import NoiseLevel
+from nai_xl.interfaces import NoiseLevel
 
 # The mean of a 128 x 128 latent (1024 x 1024 pixels) has 1/128 of a pixel's noise. From here on that is 3 times the
 # data's own deviation, so that the mean brightness is lost as well; SDXL's 14.6 leaves it readable to 0.11.

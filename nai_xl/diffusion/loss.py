@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.types import NoiseLevel, Parameterization
+from nai_xl.interfaces import NoiseLevel, Parameterization
 
 
 def _positive(name: str, value: float) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nai_xl.diffusion.pointwise import mse
+from nai_xl.diffusion.error import mse
 from nai_xl.diffusion.uncertainty import Uncertainty
 from nai_xl.errors import UserError
-from nai_xl.types import (
+from nai_xl.interfaces import (
     Batch,
     Denoiser,
     NoiseLevel,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nai_xl.diffusion.schedule import per_sample
-from nai_xl.types import NoiseLevel
+from nai_xl.interfaces import NoiseLevel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.types import Denoiser, NoiseLevel, Parameterization, Schedule
+from nai_xl.interfaces import Denoiser, NoiseLevel, Parameterization, Schedule
 
 Method = Literal["ddim", "euler", "dpmpp_2m"]
 

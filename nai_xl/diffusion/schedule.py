@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.types import NoiseLevel, Schedule
+from nai_xl.interfaces import NoiseLevel, Schedule
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.types import Schedule, TimestepSampler
+from nai_xl.interfaces import Schedule, TimestepSampler
 
 
 def uniform(u: Tensor, schedule: Schedule) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nai_xl.diffusion.loss import uniform
 from nai_xl.errors import UserError
-from nai_xl.types import NoiseLevel, Parameterization, Weighting
+from nai_xl.interfaces import NoiseLevel, Parameterization, Weighting
 
 
 class Uncertainty(nn.Module):

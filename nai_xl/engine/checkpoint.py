@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.types import Stateful
+from nai_xl.interfaces import Stateful
 
 STATE = "state.json"
 

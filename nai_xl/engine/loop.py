@@ -16,11 +16,10 @@ from pydantic import Field
 from torch import nn
 
 from nai_xl.diffusion.objective import Objective
-from nai_xl.engine.distributed import Precision
-from nai_xl.engine.optimizer import LearningRate
-from nai_xl.engine.update import Update
 from nai_xl.errors import UserError
-from nai_xl.types import Batch, Checkpointer, Ema, Tracker
+from nai_xl.interfaces import Batch, Checkpointer, Ema, Precision, Tracker
+from nai_xl.optimizer.lr import LearningRate
+from nai_xl.optimizer.update import Update
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
+from nai_xl.interfaces import Parameterization, Schedule
 from nai_xl.model.sdxl import Components
 from nai_xl.model.vae import folded
-from nai_xl.types import Parameterization, Schedule
 
 
 def scheduler(schedule: Schedule, parameterization: Parameterization) -> EulerDiscreteScheduler:

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_xl.types import Bucket
+from nai_xl.interfaces import Bucket
 
 FORWARDS_PER_STEP = 3
 """Training costs three forward passes: the backward pass has two products (by input and by weight) for each of the

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from nai_xl.errors import UserError
-from nai_xl.types import Placement
+from nai_xl.interfaces import Placement
 
 
 def on_canvas(image: Image.Image, placement: Placement) -> Image.Image:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nai_xl.data.bucketing import AspectBuckets, SquareBucket, cover, novelai_buckets
 from nai_xl.errors import UserError
-from nai_xl.types import Bucket, Bucketing
+from nai_xl.interfaces import Bucket, Bucketing
 
 TINY, SDXL = AspectBuckets(128, 32, crops=3, flip=True), AspectBuckets(1024, 64)
 SIDES = st.integers(16, 9000)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from nai_xl.data import cache as module
-from nai_xl.data.cache import DiskCache, MemoryCache, content_key, user_cache, write_atomically
+from nai_xl.data.cache import DiskCache, MemoryCache, content_key
 from nai_xl.errors import UserError
-from nai_xl.types import Cache
+from nai_xl.files import user_cache, write_atomically
+from nai_xl.interfaces import Cache
 
 KEY = content_key("latent", 1)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nai_xl.data.index import Index, Item
-from nai_xl.data.sources import FolderSource
+from nai_xl.data.source.folder import FolderSource
 from nai_xl.errors import UserError
 
 hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)

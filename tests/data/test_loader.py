@@ -17,8 +17,8 @@ from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches,
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.errors import UserError
+from nai_xl.interfaces import Batch, Bucket, Placement
 from nai_xl.rng import draws, generator
-from nai_xl.types import Batch, Bucket, Placement
 from tests.conftest import joined
 
 WIDE, TALL = Bucket(48, 32), Bucket(32, 48)

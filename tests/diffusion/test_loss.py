@@ -14,7 +14,7 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.errors import UserError
-from nai_xl.types import Parameterization, Schedule, Weighting
+from nai_xl.interfaces import Parameterization, Schedule, Weighting
 
 ALL = torch.arange(1000)
 FINITE, ZERO_TERMINAL = scaled_linear(), ztsnr(scaled_linear())

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nai_xl.diffusion import loss, pointwise, timesteps
+from nai_xl.diffusion import error, loss, timesteps
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import TableSchedule, scaled_linear, ztsnr
 from nai_xl.errors import UserError
-from nai_xl.types import Batch, NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
+from nai_xl.interfaces import Batch, NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
 
 FINITE, ZERO_TERMINAL = scaled_linear(), ztsnr(scaled_linear())
 
@@ -138,10 +138,10 @@ def test_weight_that_is_infinite_or_negative_somewhere_is_refused() -> None:
 
 def test_error_function_takes_the_place_of_the_squared_error() -> None:
     data = batch([0.1, 0.6])
-    losses, level = Objective(FINITE, V(), timesteps.uniform, loss.min_snr, pointwise.huber)(FakeUnet(), data)
+    losses, level = Objective(FINITE, V(), timesteps.uniform, loss.min_snr, error.huber)(FakeUnet(), data)
     xt = FINITE.add_noise(data.latents, data.noise, level)
     prediction, target = FakeUnet()(xt, level.t, data.context)[0], V().target(data.latents, data.noise, level)
-    expected = pointwise.huber(prediction, target, level) * loss.min_snr(level, V())
+    expected = error.huber(prediction, target, level) * loss.min_snr(level, V())
     torch.testing.assert_close(losses, expected)
 
 

@@ -11,7 +11,7 @@ from nai_xl import config
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import density
 from nai_xl.errors import UserError
-from nai_xl.types import Batch
+from nai_xl.interfaces import Batch
 
 
 def options(group: str) -> list[str]:

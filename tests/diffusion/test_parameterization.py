@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.types import Parameterization
+from nai_xl.interfaces import Parameterization
 
 FINITE, ZERO_TERMINAL = scaled_linear(), ztsnr(scaled_linear())
 ALL = torch.arange(1000)

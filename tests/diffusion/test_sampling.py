@@ -24,7 +24,7 @@ from nai_xl.diffusion.sampling import (
 )
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.errors import UserError
-from nai_xl.types import NoiseLevel, Parameterization, Schedule
+from nai_xl.interfaces import NoiseLevel, Parameterization, Schedule
 
 METHODS: tuple[Method, ...] = get_args(Method)
 FINITE, ZERO_TERMINAL = scaled_linear(), ztsnr(scaled_linear())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nai_xl.diffusion.schedule import TableSchedule, cosine, high_sigma, scaled_linear, shifted, ztsnr
 from nai_xl.errors import UserError
-from nai_xl.types import Schedule
+from nai_xl.interfaces import Schedule
 
 ALL = torch.arange(1000)
 SCHEDULES = {"scaled_linear": scaled_linear(), "ztsnr": ztsnr(scaled_linear())}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.diffusion.timesteps import HighNoise, InferenceGrid, LogitNormal, Stratified, density, uniform
 from nai_xl.errors import UserError
-from nai_xl.types import TimestepSampler
+from nai_xl.interfaces import TimestepSampler
 
 SCHEDULE = ztsnr(scaled_linear())
 SAMPLERS: dict[str, TimestepSampler] = {

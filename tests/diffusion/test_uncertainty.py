@@ -13,9 +13,9 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.diffusion.uncertainty import Uncertainty
-from nai_xl.engine.ema import StandardEma
 from nai_xl.errors import UserError
-from nai_xl.types import Batch, Weighting
+from nai_xl.interfaces import Batch, Weighting
+from nai_xl.optimizer.ema import StandardEma
 from tests.diffusion.test_objective import FakeUnet, batch
 from tests.test_distributed import run as launch
 from tests.test_train import Compose, losses, run, same_weights

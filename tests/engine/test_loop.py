@@ -13,7 +13,7 @@ from nai_xl import train as program
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.schedule import TableSchedule
 from nai_xl.engine import loop
-from nai_xl.report.metrics import Meter
+from nai_xl.engine.meter import Meter
 from nai_xl.train import Job
 
 # what makes the host wait for a GPU: reading a value (item, bool, float, tolist) or a data-dependent shape

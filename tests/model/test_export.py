@@ -13,13 +13,13 @@ from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.sampling import Sampling, sample_latents
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.export import export
+from nai_xl.interfaces import Parameterization, Schedule
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.latents import ScaleLatents, Statistics, moments
 from nai_xl.model.sdxl import Components, load_sdxl
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.model.vae import decode_latents, encode_pixels
-from nai_xl.types import Parameterization, Schedule
 
 PROMPT = "a tall white rocket at night"
 unmeasured = functools.partial(moments, ())

@@ -21,6 +21,7 @@ from nai_xl.data.cache import MemoryCache
 from nai_xl.data.loader import LatentRef, PositionDataset
 from nai_xl.engine.encode import Encoder
 from nai_xl.errors import UserError
+from nai_xl.interfaces import Bucket, Placement
 from nai_xl.model.latents import (
     GivenLatents,
     Moments,
@@ -34,7 +35,6 @@ from nai_xl.model.sdxl import load_sdxl
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.model.vae import encode_pixels
 from nai_xl.train import Job
-from nai_xl.types import Bucket, Placement
 from tests.test_train import losses, run, same_weights
 
 Compose = Callable[..., DictConfig]

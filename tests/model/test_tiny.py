@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nai_xl
-from nai_xl.data.sample import RECIPE
+from nai_xl.data.source.photographs import RECIPE
 from nai_xl.model.sdxl import SDXL_BASE, Components, fingerprint
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import byte_symbols, tiny_sdxl

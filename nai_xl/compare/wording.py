@@ -1,0 +1,140 @@
+"""A comparison in words: its answer in sentences, its numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from nai_xl.compare.comparison import FAILED, NO_PAIRS, NOT_MEASURED, Comparison, Row
+from nai_xl.compare.paired import NO_DIFFERENCE, ONE_SEED
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def number(value: float | None, *, digits: int = 4) -> str:
+    """So many digits, with a true minus, and no exponent from a thousandth to a thousand million."""
+    return DASH if value is None else _written(f"{value:.{digits}g}", f"{value:,.0f}", value)
+
+
+def change(value: float) -> str:
+    """Three digits and a sign; 0 has none."""
+    return "0" if value == 0 else _written(f"{value:+.3g}", f"{value:+,.0f}", value)
+
+
+def _written(short: str, whole: str, value: float) -> str:
+    return (whole if "e+" in short and abs(value) < 1e9 else short).replace("-", MINUS)
+
+
+def interval(row: Row) -> str:
+    if row.effect is None or row.effect.low is None or row.effect.high is None:
+        return DASH
+    return f"{change(row.effect.low)} to {change(row.effect.high)}"
+
+
+def narrower(row: Row) -> str:
+    """'5.5 x (seeds 1.6 x)': how many times pairing narrows the interval; with items, seeds alone."""
+    e = row.effect
+    if e is None or e.factor is None:
+        return DASH
+    whole = f"{number(e.factor, digits=2)} x"
+    return f"{whole} (seeds {number(e.factor_seeds, digits=2)} x)" if e.items > 1 and e.factor_seeds else whole
+
+
+def p_value(p: float | None) -> str:
+    return DASH if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def percent(row: Row) -> str:
+    return "" if row.percent is None else _percent(row.percent)
+
+
+def _percent(value: float) -> str:
+    """Two digits, without exponents: +0.064 %, -12 %, +120 %; '<0.001 %' has no sign."""
+    if value == 0:
+        return "0 %"
+    if abs(value) < 0.001:
+        return "<0.001 %"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:+.{digits}f} %".replace("-", MINUS)
+
+
+def about(found: Comparison) -> str:
+    """'ztsnr: 3 arms, seeds 0, 1, 2. Baseline: schedule=scaled_linear.'"""
+    seeds = sorted({seed for arm in found.arms for seed in [*arm.runs, *(run.seed for run in arm.failed)]})
+    named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{found.asked.name}: {len(found.arms)} arms, {named}. Baseline: {found.baseline}."
+
+
+def answer(found: Comparison, metric: str) -> str:
+    """One or two sentences: who is better or worse than the baseline and by how much, and of whom nothing is shown."""
+    rows, names = found.of(metric), found.names
+    told: list[str] = []
+    for words in ("better", "worse", "lower", "higher"):
+        some = [row for row in rows if row.verdict == words]
+        if some:
+            some.sort(key=lambda row: abs(row.effect.difference) if row.effect else 0, reverse=True)
+            than = "" if told else f" than {names[found.baseline]}"
+            sized = _listed([f"{names[row.arm]} ({_size(row)})" for row in some])
+            told.append(f"{sized} {'is' if len(some) == 1 else 'are'} {words}{than}")
+    sentences = ["; ".join(told)] if told else []
+    for words, before in (
+        (NO_DIFFERENCE, "No difference is shown for"),
+        (ONE_SEED, "One seed is too few to judge"),
+        (FAILED, "There is no result of"),
+        (NOT_MEASURED, "Not measured in"),
+        (NO_PAIRS, "There are no pairs of runs for"),
+    ):
+        some = [row for row in rows if row.verdict == words]
+        if some:
+            limits = [f"{names[row.arm]}{_limit(row)}" for row in some]
+            sentences.append(f"{before} {_listed(limits)}{', which failed' if words == FAILED else ''}")
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _size(row: Row) -> str:
+    """In per cent where that has a meaning."""
+    return percent(row) or (change(row.effect.difference) if row.effect else "")
+
+
+def _limit(row: Row) -> str:
+    """Of an arm that shows nothing: where the difference may lie, in per cent of the baseline where that is not 0."""
+    e = row.effect
+    if row.verdict != NO_DIFFERENCE or e is None or e.low is None or e.high is None:
+        return ""
+    if e.low == e.high == 0:
+        return " (identical)"
+    if not row.baseline_mean:
+        return f" ({interval(row)})"
+    low, high = (_percent(100 * end / abs(row.baseline_mean)) for end in (e.low, e.high))
+    return f" ({low.removesuffix(' %')} to {high})"
+
+
+def remarks(found: Comparison) -> list[str]:
+    """The rows' notes, each once: before the arm alone where it holds for all of the arm's metrics."""
+    metrics: dict[tuple[str, str], list[str]] = {}
+    for row in found.rows:
+        for note in row.notes:
+            metrics.setdefault((row.arm, note), []).append(row.metric)
+    return [
+        f"{found.names[arm]}{'' if len(of) == len(found.metrics) else f', {_listed(of)}'}: {note}"
+        for (arm, note), of in metrics.items()
+    ]
+
+
+def markdown(found: Comparison) -> str:
+    """The question, the answers and the table, short enough to stand in a README or in MLflow."""
+    columns = ["metric", "arm", "verdict", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in found.rows:
+        cells = [row.metric, found.names[row.arm], row.verdict]
+        size = change(row.effect.difference) if row.effect else DASH
+        cells += [size, percent(row), interval(row), p_value(row.p_holm), narrower(row)]
+        rows.append(f"| {' | '.join(cells)} |")
+    answers = [f"- **{metric}**: {answer(found, metric)}" for metric in found.metrics]
+    notes = [f"- {note}" for note in [*found.notes, *remarks(found)]]
+    parts = [[found.asked.question or found.asked.name], [about(found)], answers, rows, notes]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"

@@ -1,0 +1,225 @@
+"""evals=quality: FID, KID and CLIP score, by torchmetrics, with weights that the user gives.
+
+FID: Heusel et al. 1706.08500. KID: Binkowski et al. 1801.01401. CLIP score: Hessel et al. 2104.08718.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from nai_xl.data.index import Item, open_rgb
+from nai_xl.data.loader import Encoded
+from nai_xl.errors import UserError, one_line
+from nai_xl.evals.contact_sheet import Prompt
+from nai_xl.evals.painter import Studio
+from nai_xl.evals.val_loss import item_name
+from nai_xl.interfaces import Placement
+from nai_xl.model.clip import check_clip, load_clip
+from nai_xl.model.vae import on_canvas
+from nai_xl.record.items import mean, report
+
+INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
+ENOUGH = 10_000  # images: Heusel et al.'s code advises so many at least; published figures take 50,000
+
+
+def _torchscript(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError("no such file; give a TorchScript file that maps images to features")
+    if not zipfile.is_zipfile(path) or not any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        raise ValueError("no TorchScript file (torch.jit.save); docs/evaluation.md tells how to make one of weights")
+    return path
+
+
+def _clip_folder(path: Path) -> Path:
+    check_clip(path)
+    return path
+
+
+@dataclass
+class Quality:
+    """Every `every` steps `seeds` samples of `count` images' captions, beside the images themselves.
+
+    The images are held-out ones, or training images where none is held out. quality/fid and quality/kid, with
+    `inception`, compare the two sets; quality/clip, with `clip`, is the mean over samples of 100 cos(image, caption),
+    at least 0. The noise depends on the caption's place and the seed, never on the run. Samples take `steps` steps and
+    else what sampling.* says.
+    """
+
+    every: Annotated[int, Field(ge=1)]
+    inception: Annotated[Path, AfterValidator(_torchscript)] | None = None
+    clip: Annotated[Path, AfterValidator(_clip_folder)] | None = None
+    count: Annotated[int, Field(ge=2)] = 64
+    seeds: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] = 16
+    batch: Annotated[int, Field(ge=1)] = 16
+    _real: Tensor | None = field(default=None, init=False, repr=False)  # features of the images, which stay the same
+
+    def __post_init__(self) -> None:
+        if self.inception is None and self.clip is None:
+            raise UserError(
+                f"evals=quality needs weights: set {INCEPTION}=FILE for FID and KID, {CLIP}=FOLDER for CLIP score, "
+                "or both; docs/evaluation.md tells which"
+            )
+        if find_spec("torchmetrics") is None:
+            raise UserError("evals=quality needs torchmetrics; pip install 'nai_xl[quality]'")
+
+    def texts(self, items: Sequence[Item]) -> list[str]:
+        """The captions of the training images that are looked at where none is held out."""
+        return [item.caption for item in self._chosen(items)]
+
+    def held_out(self, items: Sequence[Item]) -> list[Item]:
+        """The images it looks at: no image twice."""
+        chosen = self._chosen(items)
+        if len(chosen) == 1:
+            raise UserError("evals=quality compares with at least 2 images; data.held_out holds out 1, set more or 0")
+        return chosen
+
+    def run(self, step: int, studio: Studio) -> dict[str, float]:
+        """Paint, measure, write the CLIP score of each sample, and give the means and distances."""
+        items, placements, what = self._references(studio.encoded)
+        prompts = [Prompt(item.caption, placed.bucket) for item, placed in zip(items, placements, strict=True)]
+        extractor = None if self.inception is None else load_extractor(self.inception, studio.device)
+        clip = None if self.clip is None else load_clip(self.clip)
+        fakes: list[Tensor] = []
+        scores: dict[str, float] = {}
+        if extractor is not None and self._real is None:
+            canvases = (on_canvas(open_rgb(i.path), placed) for i, placed in zip(items, placements, strict=True))
+            self._real = self._features(extractor, canvases, studio.device)
+            self._say(len(items), what)
+        for seed, samples in self._painted(studio, prompts):
+            if extractor is not None:
+                fakes.append(self._features(extractor, samples, studio.device))
+            if clip is not None:
+                for item, prompt, sample in zip(items, prompts, samples, strict=True):
+                    scores[f"{item_name(item)}/{seed}"] = clip_score(clip, sample, prompt.text, studio.device)
+        values = report(studio.run_dir, step, {"quality/clip": scores} if scores else {})
+        if self._real is not None:
+            values["quality/fid"] = fid(self._real, torch.cat(fakes))
+            values["quality/kid"] = mean(kid(self._real, fake) for fake in fakes)
+        return values
+
+    def _painted(self, studio: Studio, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Image.Image]]]:
+        """Each seed with its samples."""
+        painter = replace(studio, sampling=replace(studio.sampling, steps=self.steps))
+        for seed in range(self.seeds):
+            with studio.ema.swapped_in():
+                samples = painter.paint(prompts, seed, batch=self.batch)
+            yield seed, samples
+
+    def _chosen(self, items: Sequence[Item]) -> list[Item]:
+        """The first `count`: they are ordered by their content, which is as good as drawn."""
+        return list({item_name(item): item for item in items}.values())[: self.count]
+
+    def _references(self, encoded: Encoded) -> tuple[list[Item], list[Placement], str]:
+        pairs = [(item, ref) for item, ref in encoded.held_out]
+        what = "held-out" if pairs else "training"
+        pairs = pairs or [(item, row[0]) for item, row in zip(encoded.index.items, encoded.latents, strict=True)]
+        placed = {item_name(item): ref.placement for item, ref in pairs}
+        items = self._chosen([item for item, _ in pairs])
+        if len(items) < 2:
+            raise UserError(f"evals=quality compares with at least 2 images; there is {len(items)} {what} one")
+        return items, [placed[item_name(item)] for item in items], what
+
+    def _features(self, extractor: nn.Module, images: Iterable[Image.Image], device: torch.device) -> Tensor:
+        """[N,D] float64 on the CPU, in the images' order. Neighbours of one size go through together."""
+        rows = []
+        for _, same in groupby(images, key=lambda image: image.size):
+            while some := list(islice(same, self.batch)):
+                rows.append(features(extractor, torch.stack([to_bytes(image) for image in some]).to(device)))
+        return torch.cat(rows)
+
+    def _say(self, count: int, what: str) -> None:
+        samples = count * self.seeds
+        if min(count, samples) < ENOUGH:
+            print(
+                f"evals.quality: FID of {samples} samples against {count} {what} images is biased upwards; "
+                "compare it only between runs with as many of both. KID is not biased",
+                file=sys.stderr,
+            )
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """[3,H,W] uint8."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
+
+
+def load_extractor(path: Path, device: torch.device) -> nn.Module:
+    """The TorchScript module, in eval mode. Raises UserError if it cannot be loaded."""
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{INCEPTION}={path}: cannot be loaded ({one_line(error)[:300]})") from error
+
+
+@torch.no_grad()
+def features(extractor: nn.Module, images: Tensor) -> Tensor:
+    """uint8 [N,3,H,W] -> [N,D] float64 on the CPU. Raises UserError for features of another shape.
+
+    StyleGAN's Inception gives its features for return_features=True, and classes without.
+    """
+    schema: Any = getattr(getattr(extractor, "forward", None), "schema", None)
+    wanted = {argument.name for argument in schema.arguments} if schema else set()
+    try:
+        found = extractor(images, return_features=True) if "return_features" in wanted else extractor(images)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{INCEPTION}: out of memory with {len(images)} images; set a smaller evals.quality.batch"
+        ) from error
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"{INCEPTION}: takes no uint8 images {list(images.shape)} ({last[:300]})") from error
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"{INCEPTION}: gives {shape} for {len(images)} images, and not [{len(images)},D]")
+    return found.double().cpu()
+
+
+class _Given(nn.Module):
+    """In place of torchmetrics' own extractor, for features that are there already."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, found: Tensor) -> Tensor:
+        return found
+
+
+def fid(real: Tensor, fake: Tensor) -> float:
+    """The Frechet distance, squared, of two normal distributions with these features' means and covariances."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return float(metric.compute())
+
+
+def kid(real: Tensor, fake: Tensor) -> float:
+    """The unbiased estimate of the squared MMD with the kernel (x.y / D + 1)^3, of all features [N,D] at once.
+
+    torchmetrics' metric averages it over random subsets: the same expectation, more spread, another number every time.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    return float(poly_mmd(real, fake))
+
+
+def clip_score(clip: Any, image: Image.Image, text: str, device: torch.device) -> float:
+    """100 cos(image, text), at least 0, with `clip` = model and processor."""
+    from torchmetrics.functional.multimodal import clip_score as score
+
+    return float(score(to_bytes(image).to(device), text, model_name_or_path=lambda: clip))

@@ -1,0 +1,207 @@
+"""Shapes and interfaces shared by every layer. B batch, h x w latent size, k caption chunks of 77 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What belongs to a model's size: canvas edge and bucket step in pixels, learning rate, images per micro-batch."""
+
+    resolution: Annotated[int, Field(ge=8)]
+    bucket_step: Annotated[int, Field(ge=8, multiple_of=8)]
+    lr: float
+    batch_size: int
+
+
+Precision = Literal["no", "bf16", "fp16"]
+"""What a forward pass is cast to; "no" is float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """alpha^2 + sigma^2 = 1, all [B]. The ratio sigma/alpha is not kept: it is infinite at zero terminal SNR."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @property
+    def snr(self) -> Tensor:
+        """[B] alpha^2 / sigma^2."""
+        return (self.alpha / self.sigma).square()
+
+
+@dataclass(slots=True)
+class Batch:
+    """Samples of one bucket shape, with the random numbers that belong to their positions in the run."""
+
+    latents: Tensor  # [B,4,h,w] normalised, float32
+    context: Tensor  # [B,77k,D] penultimate states of both text encoders
+    pooled: Tensor  # [B,P] projected state of the second encoder
+    time_ids: Tensor  # [B,6] float32: original h, w; crop top, left; target h, w
+    weight: Tensor  # [B] sample weight, 1.0 by default
+    position: Tensor  # [B] int64: place of each sample in the run
+    item: Tensor  # [B] int64: place of each sample's image in the index
+    u: Tensor  # [B] float64 in [0,1): the timestep draw
+    noise: Tensor  # [B,4,h,w] float32
+    # [B,4,h,w] what x_t has beside the noise and the target has not; [B,1,1,1] zeros without input perturbation
+    perturbation: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, 1))
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def pin_memory(self) -> Batch:
+        """What the loader calls for copies to a GPU that run beside computation."""
+        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until `stream` has used it, although it was filled on another."""
+        for f in fields(self):
+            getattr(self, f.name).record_stream(stream)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """An immutable table of noise levels; the only owner of SNR."""
+
+    @property
+    def zero_terminal(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def for_canvas(self, height: int, width: int) -> Schedule: ...  # pixels; itself, unless resolution shifts it
+    def at(self, t: Tensor) -> NoiseLevel: ...  # t [B] int, or float32/64 between table entries
+    def add_noise(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor: ...
+    def inference_timesteps(self, steps: int) -> Tensor: ...
+    def scheduler_config(self) -> dict[str, Any]: ...
+
+
+class Parameterization(Protocol):
+    """What the network predicts. `prediction_type` is diffusers' name for it."""
+
+    prediction_type: str
+    defined_at_zero_snr: bool
+
+    def target(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor: ...
+    def to_x0(self, xt: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor: ...
+    def x0_error_scale(self, level: NoiseLevel) -> Tensor: ...
+
+
+TimestepSampler = Callable[[Tensor, Schedule], Tensor]  # u [B] in [0,1) -> t [B]
+Weighting = Callable[[NoiseLevel, Parameterization], Tensor]  # -> [B], on the prediction error
+PointwiseError = Callable[[Tensor, Tensor, NoiseLevel], Tensor]  # prediction, target [B,4,h,w], level -> [B]
+Denoiser = Callable[..., Any]  # diffusers' UNet2DConditionModel call
+
+
+class Bucket(NamedTuple):
+    """A canvas size in pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    def at_once(self, pixels: int, most: int) -> int:
+        """How many images of this canvas to compute together: at least one, at most `most`, else `pixels` in all."""
+        return max(1, min(most, pixels // (self.width * self.height)))
+
+
+class Placement(NamedTuple):
+    """How an image lands on its canvas: resize to `resized` (width, height), then cut at `crop` (left, top)."""
+
+    bucket: Bucket
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+    flip: bool
+
+    def time_ids(self, original: tuple[int, int]) -> list[float]:
+        """SDXL's six numbers (h, w, top, left, h, w); `left` is mirrored with the picture. [SDXL] 2.2."""
+        left = self.resized[0] - self.bucket.width - self.crop[0] if self.flip else self.crop[0]
+        return [*map(float, (original[1], original[0], self.crop[1], left, self.bucket.height, self.bucket.width))]
+
+
+class Bucketing(Protocol):
+    def assign(self, width: int, height: int) -> Bucket: ...
+    def placements(self, width: int, height: int) -> list[Placement]: ...
+
+
+class Cache(Protocol):
+    """Tensors by content key. `get` gives None for what is missing or unreadable. `shared`: other ranks see it too.
+
+    `alone`: what others do under the same name, in any process that shares the cache, waits meanwhile.
+    """
+
+    shared: bool
+
+    def __contains__(self, key: str) -> bool: ...
+    def get(self, key: str) -> dict[str, Tensor] | None: ...
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def alone(self, name: str) -> AbstractContextManager[None]: ...
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Ema(Stateful, Protocol):
+    def update(self, step: int) -> None: ...
+    def averages(self) -> dict[str, Tensor]: ...
+    def swapped_in(self) -> AbstractContextManager[None]: ...
+
+
+class MemoryAction(Protocol):
+    """Changes how much memory or time the model takes, not what it learns; applied before accelerate prepares it.
+
+    tolerance: the largest relative change of a step's loss that it may cause. 0 for what computes the same numbers in
+    the same order, about 1e-5 for other sums in float32, 1e-2 for arithmetic in half precision.
+    """
+
+    @property
+    def tolerance(self) -> float: ...
+    def apply(self, model: Any) -> None: ...
+
+
+class Tracker(Protocol):
+    """A place for what a run reports. Used as a context manager, on rank 0 only."""
+
+    def __enter__(self) -> Tracker: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None: ...
+    def params(self, flat: Mapping[str, Any], tags: Mapping[str, str]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def figure(self, name: str, step: int, image: Image.Image) -> None: ...
+    def artifact(self, path: Path) -> None: ...
+    def where(self) -> list[str]: ...
+
+
+class Evaluator(Protocol):
+    """Looks at the model every `every` optimizer steps."""
+
+    every: int
+
+    def texts(self, items: Sequence[Any]) -> list[str]: ...  # training items -> texts to be encoded beforehand
+    def held_out(self, items: Sequence[Any]) -> Sequence[Any]: ...  # held-out items -> those to be encoded beforehand
+    def run(self, step: int, studio: Any) -> dict[str, float]: ...
+
+
+class Checkpointer(Protocol):
+    def bind(self, **stateful: Stateful) -> None: ...
+    def latest_step(self) -> int: ...
+    def save(self, step: int) -> Path: ...
+    def load_latest(self) -> int: ...

@@ -1,0 +1,203 @@
+"""One optimizer update out of the gradients: clip, refuse what is not finite, step, drop the gradients.
+
+Nothing here waits for the device: norms and verdicts stay tensors, and the meter reads them with its next report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from nai_xl.errors import UserError
+from nai_xl.optimizer.stochastic import StochasticOptimizer, keep_layout
+
+
+class Update(Protocol):
+    """Called once all gradients of an optimizer step are there."""
+
+    def __call__(self) -> Tensor:
+        """Update the weights; the gradient's norm before clipping, a scalar on the device."""
+        ...
+
+
+class WholeUpdate:
+    """The usual update: the norm of the whole gradient, at most `max_grad_norm`, decides before any weight moves."""
+
+    def __init__(
+        self, accelerator: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], max_grad_norm: float
+    ):
+        self.accelerator, self.optimizer, self.max_grad_norm = accelerator, optimizer, max_grad_norm
+        self.parameters = list(parameters)
+        self.inner = getattr(optimizer, "optimizer", optimizer)
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        clipped = {id(p) for p in self.parameters}
+        others = any(id(p) not in clipped for group in self.inner.param_groups for p in group["params"])
+        # grad_scale holds for every parameter of the optimizer, so those outside the clip must not be there
+        self.folds = _takes_scale(self.inner) and accelerator.scaler is None and not sharded and not others
+
+    def __call__(self) -> Tensor:
+        norm = self._fold_clip() if self.folds else self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _fold_clip(self) -> Tensor:
+        """Leave the division to the optimizer's kernel, which reads the gradient anyway: one pass over it less."""
+        norm = _norm([p.grad for p in self.parameters if p.grad is not None])
+        self.inner.grad_scale = (norm / self.max_grad_norm).clamp(min=1.0)
+        self.inner.found_inf = _found_inf(norm)
+        return norm
+
+    def _clip(self) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if self.accelerator.scaler is not None:
+            return norm  # fp16: the scaler skips such steps itself while it looks for a scale
+        if _takes_scale(self.inner):
+            self.inner.found_inf = _found_inf(norm)
+        elif not norm.isfinite():  # the one wait for the device in a step, for optimizers that cannot skip by a tensor
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class UpdateInBackward:
+    """Updates each block as soon as its gradient is complete, during the backward pass, and drops that gradient.
+
+    At no time do more gradients exist than those of the blocks in work: Lv et al., LOMO, 2306.09782, section 3.1, here
+    with any optimizer, one per block. The norm of the whole gradient is known only when it is gone, so each block's own
+    norm is clipped to `max_grad_norm`: equal to the usual clip as long as the whole norm is within it, and looser by at
+    most the square root of the number of blocks beyond. A block whose gradient is not finite is left as it was, and so
+    are those after it in the same step; optimizers that cannot skip a step by a tensor get a gradient of 0 instead.
+
+    `make`: parameter groups -> optimizer. `free`: further groups, not clipped, such as a learned weighting's.
+    """
+
+    def __init__(
+        self, make: Callable[..., Any], model: nn.Module, max_grad_norm: float, free: Sequence[dict[str, Any]] = ()
+    ):
+        blocks = blocks_of(model)
+        groups = [*([{"params": list(block)}] for block in blocks), *([group] for group in free)]
+        self.blocks = [[p for group in block for p in group["params"]] for block in groups]
+        self.limits = [max_grad_norm] * len(blocks) + [float("inf")] * len(free)
+        self.optimizers = [make(params=block) for block in groups]
+        for number, optimizer in enumerate(self.optimizers):
+            keep_layout(optimizer)
+            if isinstance(optimizer, StochasticOptimizer):  # or equal places in two blocks would share random bits
+                optimizer.first_number = sum(map(len, self.blocks[:number]))
+        self.waiting = [0] * len(groups)
+        self._begin()
+        for number, block in enumerate(self.blocks):
+            for parameter in block:
+                parameter.register_post_accumulate_grad_hook(self._arrival(number))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of all optimizers, for the learning rate."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"blocks": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, state["blocks"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def __call__(self) -> Tensor:
+        for number, missing in enumerate(self.waiting):
+            if 0 < missing < len(self.blocks[number]):
+                self._update(number)  # a block of which some weights took no part in this step
+        norm = torch.stack(self.norms).norm()
+        self._begin()
+        return norm
+
+    def _begin(self) -> None:
+        self.norms: list[Tensor] = []
+        self.bad: Tensor | None = None
+        self.waiting = [len(block) for block in self.blocks]
+
+    def _arrival(self, number: int) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            self.waiting[number] -= 1
+            if self.waiting[number] == 0:
+                self._update(number)
+
+        return arrived
+
+    @torch.no_grad()
+    def _update(self, number: int) -> None:
+        optimizer, limit = self.optimizers[number], self.limits[number]
+        gradients = [p.grad for p in self.blocks[number] if p.grad is not None]
+        norm = _norm(gradients)
+        if limit < float("inf"):
+            self.norms.append(norm)
+        self.bad = _found_inf(norm) if self.bad is None else torch.maximum(self.bad, _found_inf(norm))
+        scale = (norm / limit).clamp(min=1.0)
+        if _takes_scale(optimizer):
+            optimizer.grad_scale, optimizer.found_inf = scale, self.bad
+        else:
+            torch._foreach_div_(gradients, scale)
+            for gradient in gradients:  # a gradient of 0 where the step should be left out: no weight becomes NaN
+                gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(1 - self.bad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class OptimizerInBackward:
+    """Update each block within the backward pass, so that gradients never lie in memory all at once.
+
+    A memory action that changes nothing of the model: the loop's update becomes UpdateInBackward, where it is told what
+    this does to clipping. Equal to the usual update while the gradient's norm stays within run.max_grad_norm.
+    """
+
+    tolerance = 1e-4
+
+    def apply(self, model: Any) -> None:
+        pass
+
+    def refuse(self, *, grad_accum: int, precision: str, world: int) -> None:
+        """Raise UserError where a gradient must outlive the backward pass that made it."""
+        without = "'~memory.optimizer_in_backward'"
+        if grad_accum > 1:
+            raise UserError(
+                f"memory: optimizer_in_backward cannot accumulate gradients; set run.grad_accum=1 or {without}"
+            )
+        if precision == "fp16":
+            raise UserError(
+                f"memory: optimizer_in_backward does without a loss scaler; set run.mixed_precision=bf16 or {without}"
+            )
+        if world > 1:
+            raise UserError(
+                f"memory: optimizer_in_backward leaves nothing to average over {world} processes; set {without}"
+            )
+
+
+def blocks_of(model: nn.Module) -> list[list[nn.Parameter]]:
+    """A UNet's parameters by transformer block and ResNet block; the others by the part of the UNet they are in."""
+    blocks: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        inner = re.match(r".*(transformer_blocks|resnets)\.\d+(?=\.)", name)
+        blocks.setdefault(inner[0] if inner else name.split(".")[0], []).append(parameter)
+    return list(blocks.values())
+
+
+def _takes_scale(optimizer: Any) -> bool:
+    """Whether its kernel divides by `grad_scale` and skips by `found_inf`, as torch's fused optimizers do."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return all(group.get("fused", True) for group in optimizer.param_groups)
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of them all as one vector, float32 whatever they are."""
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+
+
+def _found_inf(norm: Tensor) -> Tensor:
+    return (~norm.isfinite()).float()

@@ -1,0 +1,6 @@
+"""python -m nai_xl.plan"""
+
+from nai_xl.plan.run_plan import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""MLflow: by default the SQLite file mlflow.db in the working directory, which a plain `mlflow ui` there shows."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from nai_xl.errors import UserError, one_line
+from nai_xl.tracker.jsonl import JsonlTracker
+from nai_xl.tracker.mlflow.delivery import Delivery, Progress
+from nai_xl.tracker.mlflow.store import default_uri, how_to_serve, run_page
+
+FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts at a store that does not answer, doubling
+PATIENCE = 30.0  # seconds that the end of a run waits for a store that takes nothing
+
+
+class MlflowTracker(JsonlTracker):
+    """JsonlTracker's record, and a thread that brings it to MLflow. A resumed run continues its MLflow run; where that
+    has gone, or the store is another one, all of the record is sent again.
+
+    A store that fails while the run goes on neither ends nor slows it: what waits is sent when the store answers
+    again, at the next start, or by `python -m nai_xl.report.sync`. Raises UserError when a store from which no run
+    beside this one has ever had an answer cannot be opened at the start.
+    """
+
+    def __init__(self, run_dir: Path, *, experiment: str = "nai_xl", uri: str | None = None):
+        super().__init__(run_dir)
+        self.delivery = Delivery(run_dir, uri or default_uri(), experiment)
+
+    def __enter__(self) -> MlflowTracker:
+        from mlflow.exceptions import MlflowException
+
+        super().__enter__()
+        uri, answered = self.delivery.uri, True
+        try:
+            self.delivery.open()
+        except (MlflowException, OSError) as error:
+            answered = False
+            if not self._has_answered_before():
+                raise UserError(
+                    f"cannot open the MLflow store {uri} ({one_line(error)}). Set tracker.uri=..., or use "
+                    "tracker=jsonl."
+                ) from error
+            _tell(self.run_dir, error)
+        self.sender = Sender(self.delivery, told=not answered)
+        self.sender.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        self.sender.close()
+
+    def _has_answered_before(self) -> bool:
+        """Whether this run or one beside it is in the store: then its address is right, and it may come back."""
+        links = map(Progress.read, {self.run_dir, *(path.parent for path in self.run_dir.parent.glob("*/mlflow.json"))})
+        return any(link and link.run_id and link.uri == self.delivery.uri for link in links)
+
+    def params(self, flat: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        super().params(flat, tags)
+        self.sender.wake()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        super().log(step, values)
+        self.sender.wake()
+
+    def figure(self, name: str, step: int, image: Image.Image) -> None:
+        super().figure(name, step, image)
+        self.sender.wake()
+
+    def artifact(self, path: Path) -> None:
+        super().artifact(path)
+        self.sender.wake()
+
+    def where(self) -> list[str]:
+        lines, progress = super().where(), self.delivery.progress
+        if serve := how_to_serve(progress.uri):
+            lines.append(f"MLflow       {serve}   (experiment {progress.experiment})")
+        if progress.run_id:
+            lines.append(f"             {run_page(progress.uri, progress.experiment_id, progress.run_id)}")
+        return lines
+
+
+class Sender(threading.Thread):
+    """Delivers whenever woken; after a failure it tries again later, each time waiting longer."""
+
+    def __init__(self, delivery: Delivery, *, told: bool = False):
+        super().__init__(name="mlflow sender", daemon=True)  # a store that hangs must not keep the program from ending
+        self.delivery, self.told = delivery, told
+        self.due, self.ending = threading.Event(), threading.Event()
+        self.delay = FIRST_DELAY
+
+    def wake(self) -> None:
+        self.due.set()
+
+    def run(self) -> None:
+        while not self.ending.is_set():
+            self.due.wait()
+            self.due.clear()
+            if not self._attempt():
+                self.due.set()
+                self.ending.wait(self.delay)
+                self.delay = min(2 * self.delay, LAST_DELAY)
+        self._attempt()
+
+    def _attempt(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.delivery.deliver()
+        except (MlflowException, OSError) as error:
+            if not self.told:
+                _tell(self.delivery.run_dir, error)
+            self.told = True
+            return False
+        self.delay = FIRST_DELAY
+        return True
+
+    def close(self) -> None:
+        """Give what waits a last chance for as long as the store takes some of it; say what could not be sent."""
+        self.ending.set()
+        self.due.set()
+        left, moved = self._position(), time.monotonic()
+        while self.is_alive() and time.monotonic() - moved < PATIENCE:
+            self.join(0.5)
+            if (position := self._position()) != left:
+                left, moved = position, time.monotonic()
+        if waiting := self.delivery.waiting():
+            print(
+                f"MLflow lacks {waiting} rows of {self.delivery.run_dir}; when it answers again: "
+                f"python -m nai_xl.report.sync {self.delivery.run_dir}",
+                file=sys.stderr,
+            )
+
+    def _position(self) -> tuple[int, int]:
+        return self.delivery.progress.metrics, self.delivery.progress.outbox
+
+
+def _tell(run_dir: Path, error: Exception) -> None:
+    print(f"MLflow does not answer ({one_line(error)[:200]}); {run_dir} keeps every number", file=sys.stderr)
