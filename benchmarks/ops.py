@@ -218,8 +218,8 @@ def kernel_launches(overrides: Sequence[str], steps: int) -> float:
     return sum(launches) / steps
 
 
-PRECISIONS = {"fp32 or bf16 weights": [], "bf16 autocast": ["run.mixed_precision=bf16"]}
-CHECKPOINTED = ["run.mixed_precision=bf16", "memory=[sdpa,gradient_checkpointing]"]
+PRECISIONS = {"fp32 or bf16 weights": [], "bf16 autocast": ["precision=bf16"]}
+CHECKPOINTED = ["precision=bf16", "memory=[sdpa,gradient_checkpointing]"]
 BUCKETS = [Bucket(*size) for size in ((128, 128), (96, 160), (160, 96), (128, 96), (96, 128), (192, 96), (96, 192))]
 
 

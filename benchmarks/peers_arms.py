@@ -51,7 +51,7 @@ def ours(setup: Setup, row: str) -> Arm:
         *f"model=sdxl model.path={setup.model} data=folder data.dir={images(setup, 'nai_xl')}".split(),
         *f"native.resolution={setup.edge} optimizer.lr={RATE} output_dir={setup.work}/out/nai_xl".split(),
         *f"run.max_images={setup.images} run.batch_size={setup.batch} run.workers={setup.workers}".split(),
-        *f"run.mixed_precision={setup.precision} run.checkpoint_every=1000000".split(),
+        *f"precision={'fp32' if setup.precision == 'no' else setup.precision} run.checkpoint_every=1000000".split(),
         *(setup.best if row == "best" else (memory,)),
     ]
     return Arm("nai_xl", "nai_xl.train", Path(__file__).parents[1], arguments)

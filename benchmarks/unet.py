@@ -2,7 +2,7 @@
 
 python benchmarks/unet.py                                        full size, batches 1 and 8, on this machine's GPU
 python benchmarks/unet.py --size tiny --batch 4 --resolution 128 --device cpu
-python benchmarks/unet.py --arm bare --arm 'run.mixed_precision=bf16 memory=[sdpa,compile]' --arm bare
+python benchmarks/unet.py --arm bare --arm 'precision=bf16 memory=[sdpa,compile]' --arm bare
 
 An arm is `bare`, or the overrides of a run: exactly what `python -m nai_xl.train` would train with, less the loader.
 Every arm at every batch and resolution is a process of its own, in the order given; running out of memory is a result.
@@ -47,7 +47,7 @@ from nai_xl.model.sdxl_random import random_unet
 from nai_xl.model.tiny import tiny_sdxl
 
 NATIVE = {"tiny": 128, "sdxl": 1024}
-AUTOCAST = "run.mixed_precision=bf16"
+AUTOCAST = "precision=bf16"
 ARMS = (
     "bare",
     AUTOCAST,

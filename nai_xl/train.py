@@ -83,8 +83,9 @@ class Job:
         self.bucketing, self.captions = self.build(self.cfg.bucketing), self.build(self.cfg.captions)
         self.sampling, self.text = self.build(self.cfg.sampling), self.build(self.cfg.text)
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
+        self.precision = self.build(self.cfg.precision)
         self.memory, self.evals = self._several("memory"), self._several("evals")
-        refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.settings.mixed_precision)
+        refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.precision.autocast)
         self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
         self.home = RunDirectory(config.run_dir(self.cfg, self.choices))
         self.note = ArmNote(self.home, arm_of(self.cfg, self.arm))
@@ -124,12 +125,12 @@ class Job:
 
     def _begin(self) -> None:
         self.accelerator: Accelerator = self.build(self.cfg.distributed).accelerator(
-            autocast(self.memory, self.settings.mixed_precision)
+            autocast(self.memory, self.precision.autocast)
         )
         settings, world = self.settings, self.accelerator.num_processes
         settings.chunk_size(world)  # refuses a chunk that micro-batches do not divide
         if self.in_backward:
-            self.in_backward.refuse(grad_accum=settings.grad_accum, precision=settings.mixed_precision, world=world)
+            self.in_backward.refuse(grad_accum=settings.grad_accum, precision=self.precision.autocast, world=world)
         self.screen = Screen(silent=not self.accelerator.is_main_process)
 
     def _run(self, index: Index) -> None:
@@ -301,7 +302,7 @@ class Job:
             steps=steps,
             dir=self.home.path / "profile",
             device=self.accelerator.device,
-            setup=Setup(run.batch_size, run.grad_accum, run.workers, run.mixed_precision, memory),
+            setup=Setup(run.batch_size, run.grad_accum, run.workers, self.precision.autocast, memory),
             show=self.screen.show,
             tracker=tracker,
         )
@@ -396,7 +397,6 @@ class Job:
             "buckets": counted(sorted(names)),
             "UNet": f"{parameters:,} parameters on {self.accelerator.device}",
             "raw latents": in_words((encoded.mean, encoded.std)),
-            "mixed precision": settings.mixed_precision,
             "images/step": f"{per_step} (batch_size x grad_accum x processes)",
             "steps": f"{steps}" + (f", continuing after {start}" if start else ""),
             "results": str(self.home.path),

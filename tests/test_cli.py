@@ -44,7 +44,7 @@ def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("run.batch_size=0", "run.batch_size=0: input should be greater than or equal to 1"),
         ("run.workers=-1", "run.workers=-1: input should be greater than or equal to 0"),
         ("run.sede=3 loss.gama=1", "run.sede: no parameter 'sede' in RunSettings"),
-        ("run.mixed_precision=bf61", "'no', 'bf16' or 'fp16'"),
+        ("precision.autocast=bf61", "'no', 'bf16' or 'fp16'"),
         ("run.max_images=null", "one of run.max_images and run.epochs"),
         ("run.chunk=17", "run.chunk=17 must be a multiple"),
         ("memory=[sdpq]", "memory=sdpq: no such option; did you mean 'sdpa'?"),

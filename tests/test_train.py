@@ -208,7 +208,7 @@ def test_epsilon_on_scaled_linear_with_square_buckets_in_memory(small: Compose) 
 
 def test_bf16_trains_and_stays_close_to_fp32(small: Compose) -> None:
     exact = losses(run(small("run.max_images=8", "name=fp32")))
-    coarse = losses(run(small("run.max_images=8", "name=bf16", "run.mixed_precision=bf16")))
+    coarse = losses(run(small("run.max_images=8", "name=bf16", "precision=bf16")))
     assert list(coarse.values()) == pytest.approx(list(exact.values()), rel=0.05)
     assert coarse != exact
 

@@ -365,7 +365,7 @@ def mistakes_told() -> Iterator[None]:
 def _choices(cfg: DictConfig, chosen: Mapping[str, Any]) -> dict[str, str]:
     """group -> option, in the order of train.yaml; groups of which several options can be chosen list them all."""
     named: dict[str, Any] = {}
-    for group in [*(str(key) for key in cfg if key in groups()), "recipe", "experiment", "debug"]:
+    for group in [*(str(key) for key in cfg if key in groups()), "hardware", "recipe", "experiment", "debug"]:
         several = isinstance(cfg.get(group), DictConfig) and "_target_" not in cfg[group]
         named[group] = ", ".join(map(str, cfg[group])) if several else chosen.get(group)
     return {group: str(option) for group, option in named.items() if option}

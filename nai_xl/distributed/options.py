@@ -41,7 +41,7 @@ class DataParallel:
 
 def _accelerator(precision: Precision, *handlers: KwargsHandler) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("run.mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
+        raise UserError("precision=fp16 needs a GPU; use bf16 or no on a CPU")
     return Accelerator(
         mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=list(handlers) or None
     )

@@ -17,7 +17,7 @@ from torch import nn
 
 from nai_xl.diffusion.objective import Objective
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, Checkpointer, Ema, Precision, Tracker
+from nai_xl.interfaces import Batch, Checkpointer, Ema, Tracker
 from nai_xl.optimizer.lr import LearningRate
 from nai_xl.optimizer.update import Update
 
@@ -38,7 +38,6 @@ class RunSettings:
     epochs: Annotated[float, Field(gt=0)] | None = None
     grad_accum: Count = 1
     chunk: Count | None = None
-    mixed_precision: Precision = "no"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     log_every: Count = 10
     checkpoint_every: Count = 500

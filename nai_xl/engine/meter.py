@@ -148,7 +148,7 @@ class Meter:
             which = f"the loss of images number {bad[:8]} of the index" if bad else "the gradient"
             raise UserError(
                 f"{which} is not finite. No weight has become so, and the last checkpoint is whole. Begin "
-                "a run with a lower optimizer.lr or with run.mixed_precision=no."
+                "a run with a lower optimizer.lr or with precision=fp32."
             )
 
     def collect(self) -> None:

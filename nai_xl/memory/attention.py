@@ -92,9 +92,7 @@ class OneKernel(AttnProcessor2_0):
     ) -> Tensor:
         """[B,N,C], context [B,M,D] -> [B,N,C]. Raises UserError in float32 on a GPU, where half precision is needed."""
         if self.kernel != "math" and hidden_states.is_cuda and _precision(hidden_states) is torch.float32:
-            raise UserError(
-                f"memory=[{self.kernel}] computes in half precision; set run.mixed_precision=bf16 or memory=[sdpa]"
-            )
+            raise UserError(f"memory=[{self.kernel}] computes in half precision; set precision=bf16 or memory=[sdpa]")
         with sdpa_kernel(KERNELS[self.kernel]):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 

@@ -11,7 +11,7 @@ from nai_xl.errors import UserError
 from nai_xl.interfaces import Precision
 from nai_xl.memory.attention import HALF_PRECISION, Sdpa, refuse_two_attentions
 from nai_xl.memory.compiled import ActivationBudget, Compile
-from nai_xl.memory.precision import Bf16Weights
+from nai_xl.memory.fewer_bits import Bf16Weights
 from nai_xl.optimizer.rounding import rounds_stochastically
 
 
@@ -29,7 +29,7 @@ def refuse_misfits(actions: Sequence[object], optimizer: Callable[..., Any], mix
         raise UserError("memory=activation_budget acts on compiled blocks only; set 'memory=[...,compile]'")
     if chosen(Bf16Weights):
         if mixed_precision == "fp16":
-            raise UserError("memory=bf16_weights computes in bfloat16; set run.mixed_precision=bf16, or no")
+            raise UserError("memory=bf16_weights computes in bfloat16; set precision=bf16, or no")
         if not rounds_stochastically(optimizer):
             raise UserError(
                 "memory=bf16_weights needs an optimizer that rounds stochastically: rounding to nearest would drop "
@@ -39,7 +39,7 @@ def refuse_misfits(actions: Sequence[object], optimizer: Callable[..., Any], mix
         for action in actions:
             if isinstance(action, Sdpa) and action.kernel in HALF_PRECISION:
                 half = f"memory=[{action.kernel}] computes in half precision"
-                raise UserError(f"{half}; set run.mixed_precision=bf16, or memory=[sdpa]")
+                raise UserError(f"{half}; set precision=bf16, or memory=[sdpa]")
 
 
 def autocast(actions: Sequence[object], mixed_precision: Precision) -> Precision:

@@ -170,7 +170,7 @@ class OptimizerInBackward:
             )
         if precision == "fp16":
             raise UserError(
-                f"memory: optimizer_in_backward does without a loss scaler; set run.mixed_precision=bf16 or {without}"
+                f"memory: optimizer_in_backward does without a loss scaler; set precision=bf16 or {without}"
             )
         if world > 1:
             raise UserError(

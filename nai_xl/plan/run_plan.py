@@ -36,16 +36,17 @@ from nai_xl.optimizer.update import OptimizerInBackward
 from nai_xl.plan.estimate import ALLOWANCE, SLACK, Footprint, Micro, Rehearsal
 from nai_xl.plan.throughput import UTILISATION, Speed, expected
 
-CHECKED = ("run", "memory", "optimizer", "ema", "bucketing")  # what is built; nothing else of the config need be there
+# what is built; nothing else of the config need be there
+CHECKED = ("run", "memory", "optimizer", "ema", "bucketing", "precision")
 SPARE = 1.0  # GiB that should stay free: other programs' windows, an odd bucket, a newer library
 REMEDIES = {
-    "memory=gpu_80gb": 79,
-    "memory=gpu_48gb": 44,
-    "memory=gpu_24gb": 23,
-    "memory=gpu_16gb": 15,
-    "memory=gpu_12gb": 11,
-    "run.batch_size=1 memory=gpu_24gb": 23,
-    "run.batch_size=1 memory=gpu_12gb": 11,
+    "hardware=gpu_80gb": 79,
+    "hardware=gpu_48gb": 44,
+    "hardware=gpu_24gb": 23,
+    "hardware=gpu_16gb": 15,
+    "hardware=gpu_12gb": 11,
+    "run.batch_size=1 hardware=gpu_24gb": 23,
+    "run.batch_size=1 hardware=gpu_12gb": 11,
 }
 """What is tried in turn when a plan does not fit, from what costs least time; each from cards of so many GiB on."""
 
@@ -116,10 +117,11 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     settings: RunSettings = build(cfg.run)
     actions = [build(node) for node in (cfg.get("memory") or {}).values() if "_target_" in node]
     optimizer = build(cfg.optimizer)
-    refuse_misfits(actions, optimizer, settings.mixed_precision)
+    computed = config.build(cfg.precision, tuple(cfg.plugins)).autocast
+    refuse_misfits(actions, optimizer, computed)
     for action in actions:
         if isinstance(action, OptimizerInBackward):
-            action.refuse(grad_accum=settings.grad_accum, precision=settings.mixed_precision, world=machines.world)
+            action.refuse(grad_accum=settings.grad_accum, precision=computed, world=machines.world)
     canvases, from_data = find_canvases(cfg, build)
     worst = max(canvases, key=lambda bucket: bucket.width * bucket.height)
     skeleton = skeleton_of(cfg.model)
@@ -127,10 +129,10 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     on_host = cfg.ema.get("device") == "cpu"
     rehearsal = Rehearsal(unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm)
     tokens = 77 * int((cfg.get("text") or {}).get("chunks", 1))
-    precision = autocast(actions, settings.mixed_precision)
+    precision = autocast(actions, computed)
     keeps = settings.grad_accum > 1 or machines.world > 1
     footprint = rehearsal.run(Micro(settings.batch_size, worst.height, worst.width, tokens, precision, keeps))
-    half = settings.mixed_precision != "no" or "bf16_weights" in cfg.memory
+    half = computed != "no" or "bf16_weights" in cfg.memory
     forward = by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
     return Plan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host)
 
@@ -239,7 +241,7 @@ def sentences(plan: Plan, gpus: Sequence[Gpu], machines: Machines) -> Iterator[s
         "recomputation included; --utilisation changes it. MFU counts 3 forward passes an image."
     )
     if not plan.half:
-        yield "float32 throughout: no speed is expected of it; set run.mixed_precision=bf16"
+        yield "float32 throughout: no speed is expected of it; set precision=bf16"
     if plan.images is None:
         yield "run.epochs of data that are not here: no time and cost; set run.max_images, or data.dir=..."
     if plan.footprint.estimated:
@@ -255,7 +257,8 @@ def sentences(plan: Plan, gpus: Sequence[Gpu], machines: Machines) -> Iterator[s
 def remedy(overrides: Sequence[str], config_dir: Path | None, gpu: Gpu, machines: Machines) -> str:
     """The first override that makes the plan fit the card."""
     for tried in (override for override, least in REMEDIES.items() if gpu.memory_gib >= least):
-        keys = [override.split("=")[0] for override in tried.split()]
+        # a preset of the card brings its own memory actions
+        keys = ["memory", *(override.split("=")[0] for override in tried.split())]
         kept = [override for override in overrides if override.split("=")[0] not in keys]
         for _, choices, cfg in config.combinations([*kept, *tried.split()], config_dir):
             try:

@@ -197,15 +197,12 @@ def advice(found: Summary, setup: Setup, *, on_gpu: bool) -> list[str]:
 def _advice_on_gpu(found: Summary, setup: Setup, kind: Mapping[str, float]) -> Iterator[str]:
     exact = setup.mixed_precision == "no" and "bf16_weights" not in setup.memory
     if exact and found.bounds[COMPUTE] > 0.4:
-        yield (
-            f"{found.bounds[COMPUTE]:.0%} goes to products in float32: run.mixed_precision=bf16 does them on tensor "
-            "cores."
-        )
+        yield (f"{found.bounds[COMPUTE]:.0%} goes to products in float32: precision=bf16 does them on tensor cores.")
     if kind["copies"] > 0.1 and not exact and "bf16_weights" not in setup.memory:
         without = setup.memory_with("bf16_weights")
         yield (
             f"Copies take {kind['copies']:.0%}, autocast's casts among them: {without} optimizer=adamw_bf16 "
-            "run.mixed_precision=no needs none."
+            "precision=fp32 needs none."
         )
     if kind["copies"] > 0.1 and "channels_last" not in setup.memory:
         yield f"Copies take {kind['copies']:.0%}, changes of layout among them: {setup.memory_with('channels_last')}."

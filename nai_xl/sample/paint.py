@@ -35,7 +35,7 @@ from nai_xl.model.text import encode_texts
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
 
-NEEDED = ["plugins", "native", "run", "schedule", "parameterization", "sampling", "text"]
+NEEDED = ["plugins", "native", "run", "schedule", "parameterization", "sampling", "text", "precision"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,7 +74,7 @@ def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: float 
         return context[0], pooled[0]
 
     return Painter(
-        denoise=_as_trained(parts, cfg.run.mixed_precision, device),
+        denoise=_as_trained(parts, cfg.precision.autocast, device),
         schedule=schedule,
         parameterization=build(cfg.parameterization),
         sampling=sampling,

@@ -40,7 +40,7 @@ def test_every_group_of_the_defaults_exists_and_every_folder_is_a_default() -> N
 
 def test_the_recipe_is_the_papers() -> None:
     cfg = config.compose(chosen("recipe", "sdxl_nai_v3"))
-    assert cfg.optimizer.lr == 1e-5 and cfg.bucketing.resolution == 1024 and cfg.run.mixed_precision == "bf16"
+    assert cfg.optimizer.lr == 1e-5 and cfg.bucketing.resolution == 1024 and cfg.precision.autocast == "bf16"
     assert list(cfg.memory) == ["sdpa", "gradient_checkpointing"]
 
 

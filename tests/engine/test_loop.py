@@ -57,7 +57,7 @@ def test_the_counter_sees_what_waits() -> None:
             "noise.offset=0.1",
             "ema=none",
         ],
-        ["memory=[sdpa,gradient_checkpointing,channels_last]", "run.mixed_precision=bf16"],
+        ["memory=[sdpa,gradient_checkpointing,channels_last]", "precision=bf16"],
         ["memory=[sdpa,optimizer_in_backward]", "latents=per_channel", "lr=cosine"],
     ],
     ids=lambda choices: " ".join(choices) or "defaults",

@@ -22,7 +22,7 @@ from nai_xl.memory import compiled, process_wide
 from nai_xl.memory.compiled import ActivationBudget, Compile
 from nai_xl.model.tiny import UNET_CONFIG, tiny_sdxl
 from nai_xl.train import Job
-from tests.memory.test_precision import example
+from tests.memory.test_fewer_bits import example
 
 SETTINGS = {
     "recompile_limit": torch._dynamo.config,

@@ -237,7 +237,7 @@ def test_blocks_are_those_of_the_unet_and_hold_every_parameter_once() -> None:
     ("settings", "override"),
     [
         ({"grad_accum": 2, "precision": "no", "world": 1}, "run.grad_accum=1"),
-        ({"grad_accum": 1, "precision": "fp16", "world": 1}, "run.mixed_precision=bf16"),
+        ({"grad_accum": 1, "precision": "fp16", "world": 1}, "precision=bf16"),
         ({"grad_accum": 1, "precision": "no", "world": 2}, "~memory.optimizer_in_backward"),
     ],
 )

@@ -14,7 +14,7 @@ from nai_xl import config
 from nai_xl import train as entry
 from nai_xl.memory.checkpointing import GradientCheckpointing
 from nai_xl.memory.compiled import ActivationBudget
-from nai_xl.memory.precision import Bf16Weights
+from nai_xl.memory.fewer_bits import Bf16Weights
 from nai_xl.model.flops import forward_flops
 from nai_xl.model.sdxl import unet_skeleton
 from nai_xl.model.tiny import tiny_unet_skeleton
@@ -48,7 +48,7 @@ def watched(job: entry.Job, monkeypatch: pytest.MonkeyPatch) -> LiveBytes:
 CHOICES = [
     [],
     ["memory=[sdpa,gradient_checkpointing]"],
-    ["run.mixed_precision=bf16"],
+    ["precision=bf16"],
     ["memory=[sdpa,bf16_weights,gradient_checkpointing,optimizer_in_backward]", "optimizer=adafactor"],
     ["run.grad_accum=2", "ema=none"],
 ]
@@ -61,7 +61,7 @@ def test_peak_is_that_of_a_real_run(
     cfg = small("bucketing=square", "run.batch_size=4", "run.max_images=16", *overrides)
     live = watched(entry.Job(cfg, {}), monkeypatch)
     keeps = cfg.run.grad_accum > 1
-    found = rehearse(cfg, Micro(4, 128, 128, precision=cfg.run.mixed_precision, keeps_gradients=keeps))
+    found = rehearse(cfg, Micro(4, 128, 128, precision=cfg.precision.autocast, keeps_gradients=keeps))
     assert found.peak == pytest.approx(live.peak, rel=0.02)
 
 

@@ -23,7 +23,7 @@ from nai_xl.plan.estimate import Footprint
 from nai_xl.plan.throughput import all_reduce_seconds, expected
 from nai_xl.train import Job
 
-PRESETS = sorted(path.stem for path in (config.conf_dir() / "memory").glob("gpu_*.yaml"))
+PRESETS = sorted(path.stem for path in (config.conf_dir() / "hardware").glob("gpu_*.yaml"))
 
 
 @pytest.fixture
@@ -95,9 +95,7 @@ def test_flops_of_all_canvases_from_three_of_them() -> None:
 
 
 def test_one_plan_fills_a_screen(told: Callable[..., str], tmp_path: Path) -> None:
-    out = told(
-        "run.mixed_precision=bf16", "run.batch_size=2", "--gpu", "h100", "--gpus", "8", "--json", f"{tmp_path}/p.json"
-    )
+    out = told("precision=bf16", "run.batch_size=2", "--gpu", "h100", "--gpus", "8", "--json", f"{tmp_path}/p.json")
     for words in ("3,683,012 parameters", "128x128", "H100 SXM", "yes", "8 devices average", "(no data"):
         assert words in out
     (written,) = json.loads((tmp_path / "p.json").read_text())
@@ -113,7 +111,7 @@ def test_several_plans_get_a_row_each(told: Callable[..., str]) -> None:
 
 
 def test_mistakes_are_told(told: Callable[..., str]) -> None:
-    assert "did you mean 'gpu_24gb'" in told("memory=gpu_24g", status=1)
+    assert "did you mean 'gpu_24gb'" in told("hardware=gpu_24g", status=1)
     assert "no parameter 'beta'" in told("optimizer.beta=1", status=1)
     assert "begin at 1" in told("--gpus", "0", status=2)
     assert "no card .a100. in the table" in told("--gpu", "a100", status=2).replace("'", ".")
@@ -131,23 +129,23 @@ def test_a_plan_that_does_not_fit_names_what_would(monkeypatch: pytest.MonkeyPat
     tried: list[str] = []
     monkeypatch.setattr(plan, "make", make)
     said = plan.remedy(["memory=[sdpa]", "run.batch_size=9"], None, GPUS["rtx4090"], plan.Machines())
-    assert said.startswith("memory=gpu_12gb fits the RTX 4090 with")
+    assert said.startswith("hardware=gpu_12gb fits the RTX 4090 with")
     assert tried == ["adamw8bit", "adamw8bit", "adafactor"]  # the presets for larger cards are not tried
-    monkeypatch.setattr(plan, "REMEDIES", {"memory=gpu_16gb": 15})
+    monkeypatch.setattr(plan, "REMEDIES", {"hardware=gpu_16gb": 15})
     assert plan.remedy([], None, GPUS["rtx4090"], plan.Machines()) == "no preset fits the RTX 4090"
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("written", ["memory=gpu_24gb", "memory=[gpu_24gb]"])
+@pytest.mark.parametrize("written", ["hardware=gpu_24gb", "memory=[gpu_24gb]"])
 def test_a_preset_chooses_and_the_user_overrules(written: str) -> None:
     cfg = config.compose([written])
     assert set(cfg.memory) == {"sdpa", "channels_last", "bf16_weights", "gradient_checkpointing"}
     assert cfg.optimizer._target_.endswith("AdamW8bit") and cfg.ema.device == "cpu"
-    own = config.compose([written, "optimizer=adamw", "ema=none", "run.mixed_precision=bf16"])
+    own = config.compose([written, "optimizer=adamw", "ema=none", "precision=bf16"])
     assert own.optimizer._target_ == "torch.optim.AdamW" and own.ema._target_.endswith("NoEma")
-    assert own.run.mixed_precision == "bf16" and set(own.memory) == set(cfg.memory)
+    assert own.precision.autocast == "bf16" and set(own.memory) == set(cfg.memory)
 
 
 def test_a_preset_can_have_more_beside_it() -> None:
@@ -159,7 +157,7 @@ def test_every_preset_trains_here(
     preset: str, small: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled.Compile, "apply", lambda self, unet: None)  # has tests of its own, and takes minutes
-    cfg = small(f"memory={preset}", "run.max_images=4")
+    cfg = small(f"hardware={preset}", "run.max_images=4")
     config.check(cfg)
     job = Job(cfg, {})
     job.run()
@@ -170,7 +168,7 @@ def test_presets_for_smaller_cards_need_less() -> None:
     """All that training holds on the card, on the tiny model at one image a step."""
 
     def needed(preset: str) -> float:
-        [(_, choices, cfg)] = config.combinations([f"memory={preset}", "run.batch_size=1", "bucketing=square"])
+        [(_, choices, cfg)] = config.combinations([f"hardware={preset}", "run.batch_size=1", "bucketing=square"])
         return plan.make(cfg, choices).footprint.needed
 
     peaks = [needed(f"gpu_{size}gb") for size in (12, 16, 24, 48, 80)]

@@ -124,7 +124,7 @@ def test_a_run_without_steps_left_is_let_be(tmp_path: Path) -> None:
         ({"copies": 0.2}, {}, "gpu", "memory=[sdpa,bf16_weights]"),
         ({"copies": 0.2}, {}, "gpu", "memory=[sdpa,channels_last]"),
         ({"communication": 0.2}, {"grad_accum": 2}, "gpu", "run.grad_accum=4"),
-        ({"compute-bound": 0.8}, {"mixed_precision": "no"}, "gpu", "run.mixed_precision=bf16"),
+        ({"compute-bound": 0.8}, {"mixed_precision": "no"}, "gpu", "precision=bf16"),
         ({"waits": 1.0}, {}, "gpu", "optimizer.fused=true"),
         ({"compiling": 1.0}, {}, "gpu", "profile.wait=50"),
     ],

@@ -67,7 +67,7 @@ def pixels(path: Path) -> np.ndarray:
     "overrides",
     [
         "sampling.method=dpmpp_2m sampling.steps=3",
-        "schedule=scaled_linear parameterization=epsilon text.chunks=2 run.mixed_precision=bf16 latents.factor=0.5",
+        "schedule=scaled_linear parameterization=epsilon text.chunks=2 precision=bf16 latents.factor=0.5",
     ],
 )
 def test_a_sample_is_what_the_run_itself_paints(

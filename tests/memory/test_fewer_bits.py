@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nai_xl.errors import UserError
-from nai_xl.memory import precision, process_wide
+from nai_xl.memory import fewer_bits as precision
+from nai_xl.memory import process_wide
 from nai_xl.memory.compatibility import autocast, refuse_misfits
-from nai_xl.memory.precision import Bf16Weights, Fp8FeedForward, Tf32
+from nai_xl.memory.fewer_bits import Bf16Weights, Fp8FeedForward, Tf32
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 from nai_xl.optimizer.rounding import rounds_stochastically
@@ -143,13 +144,13 @@ def test_optimizers_that_round_to_nearest_are_refused(small: Compose) -> None:
 def test_nothing_is_cast_whatever_the_precision_is_called(bf16: Compose) -> None:
     """A recipe says bf16, and a preset for a small card is chosen on top of it."""
     chosen = ["run.max_images=4"]
-    named, plain = (run(bf16(*chosen, f"name={p}", f"run.mixed_precision={p}")) for p in ("bf16", "no"))
+    named, plain = (run(bf16(*chosen, f"name={p}", f"precision={p}")) for p in ("bf16", "fp32"))
     assert losses(named) == losses(plain)
 
 
 def test_half_precision_of_another_kind_is_refused(small: Compose) -> None:
     assert autocast([Bf16Weights()], "bf16") == "no" and autocast([], "bf16") == "bf16"
-    with pytest.raises(UserError, match=r"set run\.mixed_precision=bf16"):
+    with pytest.raises(UserError, match=r"set precision=bf16"):
         refuse_misfits([Bf16Weights()], AdamWBf16, "fp16")
 
 

@@ -22,7 +22,7 @@ FP8_CAPABILITY = (8, 9)  # Ada Lovelace; torch._scaled_mm has no older kernels
 class Bf16Weights:
     """The UNet in bfloat16: half the bytes of weights and gradients, and no copies for autocast.
 
-    Whatever run.mixed_precision says, nothing is cast. The optimizer must round stochastically: bfloat16 has 8 bits, so
+    Whatever precision says, nothing is cast. The optimizer must round stochastically: bfloat16 has 8 bits, so
     an update below 1/256 of a weight would be rounded away every time, but is kept on average when rounding is drawn
     (Zamirai et al., 2010.06192). The UNet takes and gives float32 as before. Timesteps and sizes are embedded from the
     numbers they are: in bfloat16 timestep 999 would be 1000, and 1333 pixels 1336.
@@ -101,7 +101,7 @@ class Tf32:
     """float32 matrix products and convolutions on a GPU with 10 bits of mantissa, several times as fast.
 
     NVIDIA A100 white paper (2020), TensorFloat-32; Ampere and newer, and without effect elsewhere. It matters for
-    run.mixed_precision=no: autocast leaves hardly any float32 product.
+    precision=fp32: autocast leaves hardly any float32 product.
     """
 
     tolerance: ClassVar[float] = 5e-3  # each factor is rounded by up to 2^-11
