@@ -75,6 +75,31 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    @property
+    def canvas(self) -> tuple[int, int, int]:
+        """Height and width in pixels, and tokens of the captions: what a step's cost depends on."""
+        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], self.context.shape[1]
+
+
+class Samples(Protocol):
+    """A micro-batch of any task, as the loop and the meter see it."""
+
+    item: Tensor  # [B] int64: place of each sample's image in the index
+
+    def __len__(self) -> int: ...
+    @property
+    def canvas(self) -> tuple[int, int, int]: ...  # height, width in pixels, tokens
+    def to(self, device: torch.device) -> Samples: ...
+    def pin_memory(self) -> Samples: ...
+    def record_stream(self, stream: torch.cuda.Stream) -> None: ...
+
+
+class Losses(NamedTuple):
+    """What a task makes of a micro-batch."""
+
+    values: Tensor  # [B] float32, the loss of each sample
+    axis: Tensor  # [B] where each is reported, along an axis of the task's own such as timesteps
+
 
 @runtime_checkable
 class Schedule(Protocol):

@@ -22,8 +22,7 @@ from nai_xl.diffusion.diagnosis import Diagnosis, diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.errors import UserError
 from nai_xl.evals import method_figure
-
-GROUP_OF = {"weighting": "loss"}  # parts of an Objective that are not called like their config group
+from nai_xl.evals.method_figure import GROUP_OF, headline
 
 
 @dataclass
@@ -67,12 +66,6 @@ def inspect(overrides: Sequence[str], config_dir: Path | None = None) -> list[Co
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def headline(choices: Mapping[str, str], swept: Iterable[str] = ()) -> str:
-    """The method's choices that are not swept: 'parameterization v, timesteps uniform'."""
-    groups = [GROUP_OF.get(part.name, part.name) for part in fields(Objective)]
-    return ", ".join(f"{group} {choices[group]}" for group in groups if group in choices and group not in swept)
 
 
 def table(combinations: Sequence[Combination]) -> Table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,10 @@ class RunDirectory:
     def pipeline(self) -> Path:
         return self.path / "pipeline"
 
+    def newest_samples(self) -> list[Path]:
+        """The last sample grid, if there is one."""
+        return sorted((self.path / "samples").glob("*.png"))[-1:]
+
     def create(self) -> None:
         """Raises UserError where it cannot be written."""
         try:
@@ -54,6 +60,16 @@ class RunDirectory:
                 f"{self.path} is being trained by another process; set name=NAME for a second run"
             ) from error
         return lock
+
+    @contextmanager
+    def held(self, first: bool) -> Iterator[None]:
+        """The run's lock, for the rank that writes; the others are its own processes."""
+        lock = self.lock() if first else None
+        try:
+            yield
+        finally:
+            if lock:
+                lock.release()
 
     def claim_data(self, fingerprint: str, images: int) -> None:
         """Note the data the run is trained on. Raises UserError when it began with other data."""
