@@ -133,4 +133,4 @@ class Parts(dict[str, Any]):
         """The target's parameters that the node leaves open and the config has a group for."""
         wanted = inspect.signature(config.locate(str(node._target_), self.plugins)).parameters
         groups = {name: GROUP_OF.get(name, name) for name in wanted if name not in node}
-        return {name: self[group] for name, group in groups.items() if group in self.cfg}
+        return {name: self[group] for name, group in groups.items() if group in (*self.cfg, *config.groups())}

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from nai_xl.config.spec import Spec
 from nai_xl.diffusion import loss, timesteps
 from nai_xl.diffusion.diagnosis import PURE_NOISE, diagnose, sentences
 from nai_xl.diffusion.objective import Objective
@@ -23,7 +24,7 @@ from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.inspect import combinations as inspect
 from nai_xl.interfaces import NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
-from nai_xl.train import Job
+from nai_xl.train import train
 
 Array = NDArray[np.float64]
 
@@ -316,8 +317,8 @@ def test_points_of_a_grid_are_named_by_the_overrides_that_select_them(meant: lis
 def test_a_run_says_the_sentences_and_keeps_the_figure(
     small: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = Job(small("run.max_images=2", "evals.sample_grid.every=100"), {"schedule": "ztsnr", "loss": "minsnr"})
-    job.run()
+    cfg = small("run.max_images=2", "evals.sample_grid.every=100")
+    home = train(cfg, {"schedule": "ztsnr", "loss": "minsnr"})
     out = " ".join(capsys.readouterr().out.split())
-    assert all(line in out for line in sentences(job.objective)) and "t >= 800 holds 0.36 %" in out
-    assert Image.open(job.home.path / "method" / "step_00000000.png").width > 1000
+    assert all(line in out for line in Spec.of(cfg).task.remarks()) and "t >= 800 holds 0.36 %" in out
+    assert Image.open(home / "method" / "step_00000000.png").width > 1000
