@@ -63,6 +63,11 @@ class Spec:
         return spec
 
     @property
+    def compiles(self) -> bool:
+        """Whether something is compiled, which had better happen before the clock starts."""
+        return any(getattr(action, "warms", False) for action in self.memory)
+
+    @property
     def in_backward(self) -> OptimizerInBackward | None:
         """The memory action that updates within the backward pass, if it was chosen."""
         return next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)

@@ -109,8 +109,12 @@ class TextToImage:
             )
         weights = self.sample_weights(index=index)
         first = [row[0] for row in encoder.latent_refs(Index(held), self.bucketing)]
-        encoded = Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)])
-        return TextImages(encoded, self.captions, self.noise, functools.partial(strata_of, self.objective.timesteps))
+        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)]))
+
+    def samples(self, encoded: Encoded) -> TextImages:
+        """What batches are drawn from, of images and texts that lie in a cache."""
+        strata = functools.partial(strata_of, self.objective.timesteps)
+        return TextImages(encoded, self.captions, self.noise, strata)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""

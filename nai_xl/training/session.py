@@ -123,7 +123,7 @@ class Session:
 
     def _precompile(self, data: TrainingData, state: State, tracker: Tracker, start: int) -> None:
         """Let actions that compile do so before the clock starts."""
-        if any(getattr(action, "warms", False) for action in self.spec.memory):
+        if self.spec.compiles:
             shapes = list(data.one_of_each_shape(self.spec.run.batch_size))
             first = next(iter(state.trainable.parameters.values()))
             seconds = precompile(self.spec.task.loss, state.module, first, self.strategy, shapes)
