@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -48,6 +48,8 @@ class LocalCheckpoints:
 
     A folder bears its final name only when it is whole, so that a kill at any moment leaves the ones before it usable.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     def __init__(self, dir: Path, *, keep: int):
         self.dir, self.keep = Path(dir), keep
