@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ Method = Literal["ddim", "euler", "dpmpp_2m"]
 @dataclass(frozen=True)
 class Sampling:
     """How samples are drawn: number of steps, guidance scale, guidance rescale (0 = off), and the ODE solver."""
+
+    changes_weights: ClassVar[bool] = False
 
     steps: int = 28
     guidance: float = 5.0

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 from torch import nn
@@ -27,6 +27,8 @@ class RunSettings:
     Exactly one of max_images and epochs says how long to train. `chunk` consecutive images share a bucket; by default
     those of one micro-batch on all processes. Runs with equal chunks are equal on any number of processes.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = ("log_every", "checkpoint_every", "keep_checkpoints", "workers")
 
     seed: int
     batch_size: Count

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -90,6 +91,8 @@ class SampleGrid:
     Without `prompts`, `count` training captions spread over the data are taken, and the training image stands beside
     each sample.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     every: int
     count: int = 12

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class Quality:
     at least 0. The noise depends on the caption's place and the seed, never on the run. Samples take `steps` steps and
     else what sampling.* says.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     every: Annotated[int, Field(ge=1)]
     inception: Annotated[Path, AfterValidator(_torchscript)] | None = None

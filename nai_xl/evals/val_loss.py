@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class ValLoss:
     band of timesteps; val/x0_loss_terminal at the last timestep, and the same in raw latents; and
     val/x0_loss_logsnr_<l> at levels of equal log-SNR, as far as the schedule reaches.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 16

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,8 @@ class StandardEma:
     `device` = cpu keeps the average in main memory: the weights are copied there and taken in by a thread of its own
     while training goes on; null keeps it beside the model.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = ("device",)
 
     def __init__(
         self,

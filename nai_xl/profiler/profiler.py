@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -68,6 +68,8 @@ class Profiler(NoProfiler):
 
     A step is the time from its first batch to the end of its report; checkpoints and evaluation are left out.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     def __init__(
         self,

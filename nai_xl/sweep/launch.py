@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -43,6 +43,8 @@ class SweepSettings:
     on this machine. processes: of each arm, one on each GPU; null is 1 with distributed=none, else the arm's share of
     the GPUs.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     name: str | None = None
     question: str | None = None
@@ -172,7 +174,8 @@ class Sweep:
             member.status = "FINISHED"
             return member
         try:
-            config.check(cfg)  # names and types; what else is wrong is told by the arm, which may end as it likes
+            # names and types; what else is wrong is told by the arm, which may end as it likes
+            config.check(cfg, choices=choices)
             member.processes = settings.processes_of(cfg, gpus)
         except UserError as error:
             member.status, member.error = "FAILED", one_line(error)

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -108,6 +108,8 @@ class JsonlTracker(NoTracker):
     """Keeps the record of a run in `run_dir`, each step once however often the run was resumed; pictures in
     `run_dir`/<name>/step_00000100.png.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
