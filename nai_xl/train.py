@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -52,7 +53,8 @@ from nai_xl.optimizer.lr import LearningRate
 from nai_xl.optimizer.stochastic import keep_layout
 from nai_xl.optimizer.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
 from nai_xl.profiler.profiler import NoProfiler, Profiler, Setup
-from nai_xl.record.arm import ArmNote, objective
+from nai_xl.record.arm import ArmRecord
+from nai_xl.record.metrics import objective
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.launch import Sweep, arm_of
@@ -88,7 +90,7 @@ class Job:
         refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.precision.autocast)
         self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
         self.home = RunDirectory(config.run_dir(self.cfg, self.choices))
-        self.note = ArmNote(self.home, arm_of(self.cfg, self.arm))
+        self.note = ArmRecord(self.home, arm_of(self.cfg, self.arm))
 
     def _several(self, group: str) -> list[Any]:
         """What is chosen of a group of which several options can be. Settings of one that is not are left alone."""
@@ -107,12 +109,8 @@ class Job:
             check_sdxl(Path(self.cfg.model.path), self.cfg.model.config and Path(self.cfg.model.config))
         index = self.build(self.cfg.data).scan()
         self._looked_at(index)  # refuses an evaluator that lacks images, before any weight is read
-        lock = self.home.lock() if self.accelerator.is_main_process else None
-        try:
+        with self.home.locked() if self.accelerator.is_main_process else nullcontext():
             self._run(index)
-        finally:
-            if lock:
-                lock.release()
 
     def precompute(self) -> None:
         """Fill the cache with everything this run would read."""
