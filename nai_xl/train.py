@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.memory import process_wide
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.record.arm import ArmNote, objective
+from nai_xl.record.arm import ArmRecord
+from nai_xl.record.metrics import objective
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.launch import Sweep, arm_of
 from nai_xl.training.session import Session
@@ -26,11 +28,11 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
     """
     spec = Spec.of(cfg)
     home = RunDirectory(config.run_dir(cfg, choices))
-    with ArmNote(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
+    with ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
         home.create()
         session = Session(spec, choices, home, spec.start(), note)
         index = spec.scan()  # nothing is refused after this, and no weight is read before
-        with home.held(session.strategy.first):
+        with home.locked() if session.strategy.first else nullcontext():
             session.run(index)
     return home.path
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
 from nai_xl.interfaces import Checkpointer, Evaluator, Tracker
-from nai_xl.record.arm import ArmNote
+from nai_xl.record.arm import ArmRecord
 
 
 class Steps:
@@ -65,7 +65,7 @@ class Report(Steps):
     """What there is to tell goes to the tracker, to arm.json and on the screen."""
 
     tracker: Tracker
-    note: ArmNote
+    note: ArmRecord
     screen: Screen
     images_per_step: int
 

@@ -24,7 +24,7 @@ from nai_xl.engine.prefetch import on_device
 from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compiled import uncompiled
 from nai_xl.profiler.profiler import NoProfiler, Profiler, Setup
-from nai_xl.record.arm import ArmNote
+from nai_xl.record.arm import ArmRecord
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
@@ -43,7 +43,7 @@ class Session:
     choices: Mapping[str, str]
     home: RunDirectory
     strategy: Strategy
-    note: ArmNote
+    note: ArmRecord
     screen: Screen = field(init=False)
 
     def __post_init__(self) -> None:
