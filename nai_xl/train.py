@@ -24,7 +24,7 @@ from nai_xl.data.loader import Encoded, LatentRef, RankBatches, batches
 from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
-from nai_xl.diffusion.timesteps import Stratified
+from nai_xl.diffusion.timesteps import strata_of
 from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.console import Screen, counted
 from nai_xl.engine.encode import Encoder
@@ -33,10 +33,10 @@ from nai_xl.engine.loop import Pace, RunSettings, ScalerState, Stop, Training, t
 from nai_xl.engine.meter import Meter
 from nai_xl.engine.precompile import warm_up
 from nai_xl.engine.prefetch import on_device
+from nai_xl.errors import keyed
 from nai_xl.evals import method_figure
 from nai_xl.evals.painter import Studio
 from nai_xl.files import write_atomically
-from nai_xl.inspect.combinations import headline
 from nai_xl.interfaces import Batch, Bucket, Tracker
 from nai_xl.memory import process_wide
 from nai_xl.memory.compatibility import autocast, refuse_misfits
@@ -56,6 +56,7 @@ from nai_xl.record.arm import ArmNote, objective
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.launch import Sweep, arm_of
+from nai_xl.task.objective import compose_objective, headline
 from nai_xl.tracker.jsonl import NoTracker
 
 
@@ -75,11 +76,12 @@ class Job:
         self.build = functools.partial(config.build, plugins=tuple(self.cfg.plugins))
         self.settings: RunSettings = self.build(self.cfg.run)
         parts = {group: self.build(self.cfg[group]) for group in ("schedule", "parameterization", "timesteps", "error")}
-        self.objective: Objective = self.build(self.cfg.objective, **parts, weighting=self.build(self.cfg.loss))
-        edge = int(self.cfg.native.resolution)
+        edge, parts["weighting"] = int(self.cfg.native.resolution), self.build(self.cfg.loss)
+        self.objective: Objective = compose_objective(self.build(self.cfg.objective), edge, **parts)
         self.native = self.objective.on_canvas(edge, edge)
         self.noise = self.build(self.cfg.noise)
-        self.objective.schedule.inference_timesteps(self.cfg.sampling.steps)  # refuses more steps than there are
+        with keyed("sampling"):  # refuses more steps than there are
+            self.objective.schedule.inference_timesteps(self.cfg.sampling.steps)
         self.bucketing, self.captions = self.build(self.cfg.bucketing), self.build(self.cfg.captions)
         self.sampling, self.text = self.build(self.cfg.sampling), self.build(self.cfg.text)
         self.latents, self.cache = self.build(self.cfg.latents), self.build(self.cfg.cache)
@@ -251,8 +253,7 @@ class Job:
             rank=accelerator.process_index,
             world=world,
         )
-        sampling = self.objective.timesteps
-        strata = (sampling.strata or settings.images_per_step(world)) if isinstance(sampling, Stratified) else None
+        strata = strata_of(self.objective.timesteps, settings.images_per_step(world))
         studio = self._studio(components, encoded, ema, tracker)
         self._say_plan(components, encoded, start, steps)
         if start == 0 and accelerator.is_main_process:
