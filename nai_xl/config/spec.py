@@ -20,11 +20,11 @@ from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
-from nai_xl.evals.method_figure import GROUP_OF
 from nai_xl.interfaces import Evaluator, MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.model.sdxl import check_sdxl
 from nai_xl.optimizer.update import OptimizerInBackward
+from nai_xl.task.objective import compose_objective, groups
 from nai_xl.task.task import Task, TrainingData
 
 
@@ -118,8 +118,8 @@ class Spec:
 class Parts(dict[str, Any]):
     """What stands in a config at each key, built when it is first asked for.
 
-    A task and its objective are given the groups that their parameters are named after. A group of which several
-    options can be chosen is a list; settings of one that was not chosen are left alone.
+    A task is given the groups and nodes that its parameters are named after. A group of which several options can be
+    chosen is a list; settings of one that was not chosen are left alone.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -130,12 +130,15 @@ class Parts(dict[str, Any]):
         node: Any = self.cfg.get(key) or {}
         if "_target_" not in node:
             self[key] = [config.build(one, self.plugins) for one in node.values() if "_target_" in one]
+        elif key == "objective":
+            choices = {part: self[group] for part, group in groups().items()}
+            make = config.build(node, self.plugins)
+            self[key] = compose_objective(make, int(self.cfg.native.resolution), **choices)
         else:
-            self[key] = config.build(node, self.plugins, **(self._groups(node) if key in ("task", "objective") else {}))
+            self[key] = config.build(node, self.plugins, **(self._asked_for(node) if key == "task" else {}))
         return self[key]
 
-    def _groups(self, node: DictConfig) -> dict[str, Any]:
-        """The target's parameters that the node leaves open and the config has a group for."""
+    def _asked_for(self, node: DictConfig) -> dict[str, Any]:
+        """The target's parameters that the node leaves open and the config has."""
         wanted = inspect.signature(config.locate(str(node._target_), self.plugins)).parameters
-        groups = {name: GROUP_OF.get(name, name) for name in wanted if name not in node}
-        return {name: self[group] for name, group in groups.items() if group in (*self.cfg, *config.groups())}
+        return {name: self[name] for name in wanted if name not in node and name in (*self.cfg, *config.groups())}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nai_xl.diffusion.diagnosis import Diagnosis
-from nai_xl.diffusion.objective import Objective
 
 # Okabe and Ito's colours, told apart by the colour-blind, and four more for large sweeps
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #7B4B2A #6A3D9A #8A8A00 #E7298A".split()
@@ -23,7 +22,6 @@ DASHES: list[tuple[float, ...]] = [
     (), (4.5, 1.8), (1.1, 1.5), (6, 1.6, 1.1, 1.6), (9, 2.5), (3, 1.2, 1, 1.2, 1, 1.2), (2.2, 2.2), (8, 1.5, 2.5, 1.5),
 ]  # fmt: skip
 Array = NDArray[np.float64]
-GROUP_OF = {"weighting": "loss"}  # parts of an Objective that are not called like their config group
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,6 @@ class Legend:
 
     colour: str = "schedule"
     style: str = "loss"
-
-
-def headline(choices: Mapping[str, str], swept: Iterable[str] = ()) -> str:
-    """The method's choices that are not swept: 'parameterization v, timesteps uniform'."""
-    groups = [GROUP_OF.get(part.name, part.name) for part in fields(Objective)]
-    return ", ".join(f"{group} {choices[group]}" for group in groups if group in choices and group not in swept)
 
 
 def method(arms: Sequence[Arm], title: str, headings: Legend = Legend()) -> Image.Image:

@@ -21,13 +21,14 @@ from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
-from nai_xl.diffusion.timesteps import Stratified
+from nai_xl.diffusion.timesteps import strata_of
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.console import counted
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import RunSettings
+from nai_xl.errors import keyed
 from nai_xl.evals import method_figure
 from nai_xl.evals.painter import Studio
 from nai_xl.files import write_atomically
@@ -49,6 +50,7 @@ from nai_xl.model.sdxl import Components
 from nai_xl.model.text import TextEncoding
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
+from nai_xl.task.objective import headline
 
 
 @dataclass(kw_only=True)
@@ -74,7 +76,8 @@ class TextToImage:
         edge = self.native.resolution
         self.on_native = self.objective.on_canvas(edge, edge)
         self.timesteps = len(self.objective.schedule)
-        self.objective.schedule.inference_timesteps(self.sampling.steps)  # refuses more steps than there are
+        with keyed("sampling"):  # refuses more steps than there are
+            self.objective.schedule.inference_timesteps(self.sampling.steps)
 
     def refuse(self, index: Index) -> None:
         self._looked_at(index)
@@ -178,7 +181,7 @@ class TextToImage:
         return sentences(self.on_native)
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
-        return method_figure.method([method_figure.Arm(diagnose(self.on_native))], method_figure.headline(choices))
+        return method_figure.method([method_figure.Arm(diagnose(self.on_native))], headline(choices))
 
     def deliver(self, data: TextImages, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_pipeline(
@@ -255,10 +258,6 @@ class TextImages:
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))
-
-
-def strata_of(sampler: Any, images_per_step: int) -> int | None:
-    return (sampler.strata or images_per_step) if isinstance(sampler, Stratified) else None
 
 
 def random_batch(sample: Batch, bucket: Bucket, batch_size: int, generator: torch.Generator) -> Batch:
