@@ -241,6 +241,7 @@ class Evaluator(Protocol):
     """Looks at the model every `every` optimizer steps."""
 
     every: int
+    looks_at: ClassVar[str]  # the task whose model it looks at, by that option's name
 
     def texts(self, items: Sequence[Any]) -> list[str]: ...  # training items -> texts to be encoded beforehand
     def held_out(self, items: Sequence[Any]) -> Sequence[Any]: ...  # held-out items -> those to be encoded beforehand

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.diffusion.sampling import Sampling, sample_latents
 from nai_xl.errors import UserError
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
 from nai_xl.interfaces import Bucket, Denoiser, Ema, Parameterization, Schedule, Tracker
-from nai_xl.model.vae import on_canvas
 from nai_xl.rng import generator
 
 PIXELS = 2 * 1024 * 1024  # sampled at once
@@ -93,6 +93,7 @@ class SampleGrid:
     """
 
     changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: int
     count: int = 12

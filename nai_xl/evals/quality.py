@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
@@ -28,7 +29,6 @@ from nai_xl.evals.painter import Studio
 from nai_xl.evals.val_loss import item_name
 from nai_xl.interfaces import Placement
 from nai_xl.model.clip import check_clip, load_clip
-from nai_xl.model.vae import on_canvas
 from nai_xl.record.items import mean, report
 
 INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
@@ -59,6 +59,7 @@ class Quality:
     """
 
     changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     inception: Annotated[Path, AfterValidator(_torchscript)] | None = None

@@ -45,6 +45,7 @@ class ValLoss:
     """
 
     changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 16

@@ -51,6 +51,7 @@ from nai_xl.model.text import TextEncoding
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.objective import headline
+from nai_xl.task.task import refuse_other_tasks
 
 
 @dataclass(kw_only=True)
@@ -80,6 +81,7 @@ class TextToImage:
             self.objective.schedule.inference_timesteps(self.sampling.steps)
 
     def refuse(self, index: Index) -> None:
+        refuse_other_tasks(self.evals, "text_to_image", "'evals=[sample_grid]'")
         self._looked_at(index)
 
     def load(self, model: Callable[[], Components]) -> nn.Module:
@@ -182,6 +184,10 @@ class TextToImage:
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
         return method_figure.method([method_figure.Arm(diagnose(self.on_native))], headline(choices))
+
+    @property
+    def delivered(self) -> str:
+        return "diffusers: StableDiffusionXLPipeline.from_pretrained"
 
     def deliver(self, data: TextImages, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_pipeline(
