@@ -29,7 +29,7 @@ from nai_xl.data.source.folder import FolderSource
 from nai_xl.engine.encode import Encoder
 from nai_xl.interfaces import Bucket
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.sdxl_random import sdxl_random
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import tiny_sdxl

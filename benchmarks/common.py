@@ -34,7 +34,7 @@ from nai_xl.engine.loop import RunSettings, Stop, Training
 from nai_xl.evals import method_figure
 from nai_xl.interfaces import Batch, Bucket, Cache, Placement
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 from nai_xl.tracker.jsonl import NoTracker
 
 RESULTS = Path(__file__).parent / "results"

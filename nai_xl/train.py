@@ -45,7 +45,8 @@ from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, Statistics, in_words, read_statistics, write_statistics
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components, check_sdxl
+from nai_xl.model.sdxl import check_sdxl
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.vae import decode_latents
 from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.lr import LearningRate
