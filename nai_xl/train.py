@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nai_xl import config
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import Encoded, LatentRef, RankBatches, batches
-from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import strata_of
@@ -208,9 +208,9 @@ class Job:
 
         return self.latents.statistics(components.vae, measure)
 
-    def _plan(self, encoded: Encoded) -> Plan:
+    def _plan(self, encoded: Encoded) -> EpochPlan:
         names = [refs[0].placement.bucket for refs in encoded.latents]
-        return Plan(by_bucket(names), self.settings.seed, self.settings.chunk_size(self.accelerator.num_processes))
+        return EpochPlan(by_bucket(names), self.settings.seed, self.settings.chunk_size(self.accelerator.num_processes))
 
     # --- training -----------------------------------------------------------------------------------------------------
 
