@@ -34,7 +34,7 @@ from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
 from nai_xl.interfaces import Batch, Bucket, Cache, Placement
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.epoch_plan import EpochPlan
 from nai_xl.data.index import Index, Item
 from nai_xl.data.noise import TrainingNoise
-from nai_xl.data.plan import Plan
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Cache, Placement
 from nai_xl.rng import draws
@@ -134,7 +134,7 @@ class RankBatches:
     A chunk is cut into global micro-batches of batch_size x world; rank r takes its r-th batch_size of each.
     """
 
-    def __init__(self, plan: Plan, *, start: int, batch_size: int, rank: int, world: int):
+    def __init__(self, plan: EpochPlan, *, start: int, batch_size: int, rank: int, world: int):
         self.plan, self.start, self.batch_size, self.rank, self.world = plan, start, batch_size, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

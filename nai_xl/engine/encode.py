@@ -21,7 +21,7 @@ from nai_xl.data.loader import LatentRef, read
 from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, moments
-from nai_xl.model.sdxl import Components, fingerprint
+from nai_xl.model.sdxl.components import Components, fingerprint
 from nai_xl.model.text import TextEncoding, encode_texts
 from nai_xl.model.vae import encode_pixels
 

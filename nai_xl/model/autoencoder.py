@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TrainableAutoencoder(AutoencoderKL):
-    """AutoencoderKL whose call paints a picture again. An existing one becomes such by its class; no weight is renamed."""
+    """AutoencoderKL whose call paints a picture again. An existing one becomes one by its class."""
 
     latent_noise: float
 

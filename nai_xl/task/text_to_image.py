@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import Encoded, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
-from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -46,7 +46,7 @@ from nai_xl.interfaces import (
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import TextEncoding
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
@@ -226,7 +226,7 @@ class TextImages:
         per_step = settings.images_per_step(strategy.world)
         buckets = by_bucket([refs[0].placement.bucket for refs in self.encoded.latents])
         sampler = RankBatches(
-            Plan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
             start=start * per_step,
             batch_size=settings.batch_size,
             rank=strategy.rank,

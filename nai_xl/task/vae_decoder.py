@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import RankBatches, whole_batches
 from nai_xl.data.pixels import PixelBatch, PixelDataset
-from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.console import counted
@@ -137,7 +137,7 @@ class Pictures:
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[PixelBatch]:
         buckets = by_bucket([self.bucketing.assign(*item.size) for item in self.index.items])
         sampler = RankBatches(
-            Plan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
             start=start * settings.images_per_step(strategy.world),
             batch_size=settings.batch_size,
             rank=strategy.rank,
