@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -190,14 +190,47 @@ class Tracker(Protocol):
     def where(self) -> list[str]: ...
 
 
-class Evaluator(Protocol):
-    """Looks at the model every `every` optimizer steps."""
+Direction = Literal["lower", "higher"]
+"""Which values of a metric are better."""
 
+
+class Evaluator(Protocol):
+    """Looks at the model every `every` optimizer steps, and once at the end. An option of evals=.
+
+    better: the direction of the metrics that `run` returns, by the beginning of their names. Of several entries that a
+    name begins with, the longest counts: {"mine/": "lower", "mine/hits": "higher"}. A metric without an entry has no
+    good direction: a comparison calls it "higher" or "lower" instead of "better" or "worse".
+
+    changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
+    their evaluators alone are one run.
+    """
+
+    better: ClassVar[Mapping[str, Direction]]
+    changes_weights: ClassVar[bool]
     every: int
 
-    def texts(self, items: Sequence[Any]) -> list[str]: ...  # training items -> texts to be encoded beforehand
-    def held_out(self, items: Sequence[Any]) -> Sequence[Any]: ...  # held-out items -> those to be encoded beforehand
-    def run(self, step: int, studio: Any) -> dict[str, float]: ...
+    def texts(self, items: Sequence[Any]) -> list[str]:
+        """The texts that `run` will need. They are encoded before training, since the text encoders are not kept.
+
+        `items`: the training images, each a data.index.Item.
+        """
+        ...
+
+    def held_out(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Those of the held-out `items` that `run` will look at: their images and captions are encoded beforehand.
+
+        Raises UserError where there are too few of them.
+        """
+        ...
+
+    def run(self, step: int, studio: Any) -> dict[str, float]:
+        """Metric -> value after `step` optimizer steps, to be logged; {} where there is nothing but a picture.
+
+        `studio` is an evals.painter.Studio. Evaluate the averaged weights with `studio.ema.swapped_in()`. The values of
+        single items, by which comparisons pair, are written with record.items.report. Take random numbers from
+        rng.generator and never from torch's global one: an evaluation must not change the training.
+        """
+        ...
 
 
 class Checkpointer(Protocol):

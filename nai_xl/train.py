@@ -257,7 +257,9 @@ class Job:
         self._say_plan(components, encoded, start, steps)
         if start == 0 and accelerator.is_main_process:
             tracker.figure(
-                "method", 0, method_figure.method([method_figure.Arm(diagnose(self.native))], headline(self.choices))
+                "method",
+                0,
+                method_figure.method([method_figure.Variant(diagnose(self.native))], headline(self.choices)),
             )
         read = batches(encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
         self._warm_up(unet, encoded, read, tracker, start)
