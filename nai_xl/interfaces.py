@@ -237,15 +237,50 @@ class Tracker(Protocol):
     def where(self) -> list[str]: ...
 
 
+Direction = Literal["lower", "higher"]
+"""Which values of a metric are better."""
+
+
 class Evaluator(Protocol):
-    """Looks at the model every `every` optimizer steps."""
+    """Looks at the model every `every` optimizer steps, and once at the end. An option of evals=.
 
+    better: the direction of the metrics that `run` returns, by the beginning of their names. Of several entries that a
+    name begins with, the longest counts: {"mine/": "lower", "mine/hits": "higher"}. A metric without an entry has no
+    good direction: a comparison calls it "higher" or "lower" instead of "better" or "worse".
+
+    changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
+    their evaluators alone are one run.
+
+    looks_at: the task whose model the evaluator looks at, by the name of that option.
+    """
+
+    better: ClassVar[Mapping[str, Direction]]
+    changes_weights: ClassVar[bool]
     every: int
-    looks_at: ClassVar[str]  # the task whose model it looks at, by that option's name
+    looks_at: ClassVar[str]
 
-    def texts(self, items: Sequence[Any]) -> list[str]: ...  # training items -> texts to be encoded beforehand
-    def held_out(self, items: Sequence[Any]) -> Sequence[Any]: ...  # held-out items -> those to be encoded beforehand
-    def run(self, step: int, studio: Any) -> dict[str, float]: ...
+    def texts(self, items: Sequence[Any]) -> list[str]:
+        """The texts that `run` will need. They are encoded before training, since the text encoders are not kept.
+
+        `items`: the training images, each a data.index.Item.
+        """
+        ...
+
+    def held_out(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Those of the held-out `items` that `run` will look at: their images and captions are encoded beforehand.
+
+        Raises UserError where there are too few of them.
+        """
+        ...
+
+    def run(self, step: int, studio: Any) -> dict[str, float]:
+        """Metric -> value after `step` optimizer steps, to be logged; {} where there is nothing but a picture.
+
+        `studio` is an evals.painter.Studio. Evaluate the averaged weights with `studio.ema.swapped_in()`. The values of
+        single items, by which comparisons pair, are written with record.items.report. Take random numbers from
+        rng.generator and never from torch's global one: an evaluation must not change the training.
+        """
+        ...
 
 
 class Checkpointer(Protocol):

@@ -48,7 +48,7 @@ MOVED = {
     "nai_xl.report.evals.color.Color": "nai_xl.evals.color.Color",
     "nai_xl.report.evals.quality.Quality": "nai_xl.evals.quality.Quality",
     "nai_xl.report.evals.val_loss.ValLoss": "nai_xl.evals.val_loss.ValLoss",
-    "nai_xl.report.evaluate.SampleGrid": "nai_xl.evals.painter.SampleGrid",
+    "nai_xl.report.evaluate.SampleGrid": "nai_xl.evals.sample_grid.SampleGrid",
     "nai_xl.report.mlflow_tracker.MlflowTracker": "nai_xl.tracker.mlflow.tracker.MlflowTracker",
     "nai_xl.report.profile.Profiler": "nai_xl.profiler.profiler.Profiler",
     "nai_xl.report.tracking.JsonlTracker": "nai_xl.tracker.jsonl.JsonlTracker",

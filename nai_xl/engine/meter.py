@@ -12,16 +12,16 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Losses, Samples
+from nai_xl.interfaces import Direction, Losses, Samples
 
 BANDS = 4
 PAUSED = "nai_xl: paused"  # the mark in a profiler's trace of what is not the training
@@ -48,7 +48,18 @@ class Meter:
 
     `flops` tells the FLOPs that training on one image takes, by height and width in pixels and tokens of the caption;
     it is asked once a shape and report. `peak_tflops` is the device's peak, None where it is not known.
+
+    `better` has the direction of its metrics, as an evaluator's has (interfaces.Evaluator).
     """
+
+    better: ClassVar[Mapping[str, Direction]] = {
+        "train/loss": "lower",
+        "perf/images_per_second": "higher",
+        "perf/tflops": "higher",
+        "perf/mfu": "higher",
+        "perf/data_wait": "lower",
+        "perf/peak_memory_gib": "lower",
+    }
 
     def __init__(
         self,

@@ -183,7 +183,7 @@ class TextToImage:
         return sentences(self.on_native)
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
-        return method_figure.method([method_figure.Arm(diagnose(self.on_native))], headline(choices))
+        return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))
 
     @property
     def delivered(self) -> str:

@@ -16,7 +16,8 @@ from nai_xl.diffusion.parameterization import V
 from nai_xl.diffusion.sampling import Sampling
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.evals.contact_sheet import Prompt
-from nai_xl.evals.painter import Painter, SampleGrid, Studio
+from nai_xl.evals.painter import Painter, Studio
+from nai_xl.evals.sample_grid import SampleGrid
 from nai_xl.interfaces import Bucket, Schedule
 from nai_xl.sample.paint import main
 from nai_xl.train import train as trained

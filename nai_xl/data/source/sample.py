@@ -17,8 +17,6 @@ from nai_xl.files import user_cache
 class SampleSource:
     """Photographs and colour cards with captions, written once into `cache` (default: the user's cache directory)."""
 
-    without_effect: ClassVar[tuple[str, ...]] = ("cache",)
-
     without_effect: ClassVar[tuple[str, ...]] = ("cache",)  # on the trained weights
 
     cache: Path | None = None

@@ -36,8 +36,6 @@ class ShapesSource:
     `bodies`, `colors`, `shapes` and `backgrounds` are what they show: fewer of them are learned sooner.
     """
 
-    without_effect: ClassVar[tuple[str, ...]] = ("cache",)
-
     without_effect: ClassVar[tuple[str, ...]] = ("cache",)  # on the trained weights
 
     resolution: Annotated[int, Field(ge=64, multiple_of=16)]

@@ -1,4 +1,4 @@
-"""What evaluators that look at samples share: fixed prompts, fixed noise, and canvases larger than the native one."""
+"""What evaluators that measure samples have in common: fixed prompts, fixed noise, canvases of several sizes."""
 
 # no annotations from __future__: the checks of settings that other modules' evaluators inherit need them as objects
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from pydantic import Field
 from nai_xl.data.index import Item
 from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Studio
-from nai_xl.interfaces import Bucket
+from nai_xl.interfaces import Bucket, Direction
 from nai_xl.record.items import report
 
 STEP = 32  # pixels: an SDXL UNet halves latents twice, and a latent is 8 pixels wide
@@ -21,13 +21,14 @@ Values = dict[str, dict[str, float]]  # metric -> item -> value
 
 
 @dataclass(frozen=True)
-class PaintedPrompts:
+class PromptedEvaluator:
     """Every `every` steps `seeds` samples of each prompt on square canvases of `sizes` times the native edge.
 
     The noise depends on the prompt's place and the seed, never on the run. Samples take `steps` steps and else what
     sampling.* says; `batch` of them are painted together on the native canvas, as many pixels at once on larger ones.
     """
 
+    better: ClassVar[Mapping[str, Direction]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 
@@ -49,11 +50,11 @@ class PaintedPrompts:
         return list(self.prompts().values())
 
     def held_out(self, items: Sequence[Item]) -> list[Item]:
-        """None: what these measure is known from the prompt."""
+        """None: the prompt says what a sample should show."""
         return []
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
-        """Paint, measure, write the values of each sample, and give their means."""
+        """Paint, measure, write the values of each sample, and return their means."""
         table: Values = {}
         with studio.ema.swapped_in():
             for size in self.sizes:
@@ -63,7 +64,7 @@ class PaintedPrompts:
         return report(studio.run_dir, step, table) | self.summary(table)
 
     def summary(self, table: Values) -> dict[str, float]:
-        """Metrics that are more than a mean over samples."""
+        """Metrics that are not simply a mean over samples."""
         return {}
 
     def _measured(self, studio: Studio, size: float) -> Iterator[tuple[str, Mapping[str, float]]]:

@@ -9,16 +9,17 @@ import matplotlib
 import matplotlib.font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from nai_xl.compare.comparison import Arm, Comparison
-from nai_xl.compare.figures import INK, Drawn
+from nai_xl.compare.arms import ArmRuns
+from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.figures.canvas import INK, Drawn
 from nai_xl.evals.contact_sheet import CAPTION_HEIGHT, cells
 
 PROMPTS_SHOWN = 6
 SAMPLE_HEIGHTS = (256, 512)  # pixels of an image, least and most
 
 
-def last_sheet(arm: Arm, seed: int) -> Image.Image | None:
-    """The last sample grid of one run."""
+def last_sheet(arm: ArmRuns, seed: int) -> Image.Image | None:
+    """The last sample grid of one run; None without any."""
     run = arm.runs.get(seed)
     grids = sorted((run.path / "samples").glob("step_*.png")) if run is not None and run.path is not None else []
     if not grids:
@@ -29,7 +30,7 @@ def last_sheet(arm: Arm, seed: int) -> Image.Image | None:
 
 def samples(found: Comparison, seed: int) -> Drawn | None:
     """A row for each of a few prompts, a column for each arm, all painted from the same noise after training with
-    `seed`. None where no two arms have a grid. Grids of another layout are shown whole.
+    `seed`. None unless two arms have a grid. A grid with another layout is shown whole.
     """
     sheets = {arm.label: sheet for arm in found.arms if (sheet := last_sheet(arm, seed)) is not None}
     if len(sheets) < 2:
@@ -51,7 +52,7 @@ def samples(found: Comparison, seed: int) -> Drawn | None:
 def _side_by_side(
     rows: Sequence[Sequence[tuple[str, Image.Image | None]]], seed: int, captions: Sequence[Image.Image] = ()
 ) -> Drawn:
-    """One picture of all, each image equally high; drawn by hand, as matplotlib takes seconds for so many axes."""
+    """All images in one picture, at equal heights. Drawn with Pillow: matplotlib takes seconds for so many axes."""
     high = min(
         SAMPLE_HEIGHTS[1], max(SAMPLE_HEIGHTS[0], max(image.height for row in rows for _, image in row if image))
     )
@@ -83,6 +84,6 @@ def _side_by_side(
 
 
 def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> ImageFont.FreeTypeFont:
-    """The same font, smaller where a line would be wider than its column."""
+    """The same font, smaller if a line would be wider than its column."""
     longest = max(font.getlength(line) for line in text.split("\n"))
     return font if longest <= width else font.font_variant(size=max(11, int(font.size * width / longest)))

@@ -1,4 +1,4 @@
-"""The comparison in numbers: results.csv, a row for each metric and arm, and results.json."""
+"""The numbers of a comparison, for results.csv (a row for each metric and arm) and results.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from nai_xl.compare.comparison import Comparison, Row
+from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.rows import Row
 from nai_xl.compare.wording import answer
 
 CSV_COLUMNS = (
@@ -16,7 +17,7 @@ CSV_COLUMNS = (
 
 
 def tidy(found: Comparison, row: Row) -> dict[str, object]:
-    """One row of results.csv; None where there is no number."""
+    """One row of results.csv, with None for what there is no number for."""
     e = row.effect
     low, high = e.bootstrap if e and e.bootstrap else (None, None)
     return {
@@ -47,7 +48,7 @@ def tidy(found: Comparison, row: Row) -> dict[str, object]:
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """All of the comparison but its curves."""
+    """The content of results.json: all of the comparison except its curves."""
     return _finite(
         {
             "name": found.asked.name,
@@ -73,7 +74,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: settings that are infinite are written as words."""
+    """`value` with numbers that JSON does not have, such as infinity, as words."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
