@@ -51,8 +51,9 @@ SOURCES = ("experiment", "sweep", "runs")
 SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "uri")
 
 
-# what changes neither weights nor samples names no arm
-IGNORED = (*NOT_OF_THE_METHOD, *(key for key in config.VOLATILE if key != "sampling"))
+def ignored() -> tuple[str, ...]:
+    """What changes neither weights nor samples names no arm."""
+    return (*NOT_OF_THE_METHOD, *(key for key in config.left_out() if key != "sampling"))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Found:
     configs = {path.name: _config(path) for path in paths}
     runs = [read_directory(path, _flat(path, configs[path.name])) for path in paths]
     if not all(run.arm for run in runs) or len({tuple(run.arm) for run in runs}) > 1:
-        runs = named_by_differences(runs, IGNORED)
+        runs = named_by_differences(runs, ignored())
     question = replace(_question(configs[paths[0].name], "runs"), baseline=runs[0].label)
     return Found(runs, question, Path(output_dir or paths[0].absolute().parent), configs)
 
@@ -165,23 +166,20 @@ def _in_mlflow(asked: Asked, output_dir: Path) -> Found:
     name = sweeps.pop() if len(sweeps) == 1 else None
     known = next(iter(configs.values()), OmegaConf.create())
     question = _question(known, name) if name else Question("runs")  # of several sweeps, none of their questions
-    named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, IGNORED)
+    named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, ignored())
     return Found(named, question, output_dir, configs)
 
 
 def _config(path: Path) -> DictConfig:
     """The config that a run wrote down; an empty one where it had not got so far."""
-    file = path / "config.yaml"
-    loaded = OmegaConf.load(file) if file.is_file() else OmegaConf.create({})
-    assert isinstance(loaded, DictConfig)
-    return loaded
+    return config.stored_config(path) if (path / "config.yaml").is_file() else OmegaConf.create({})
 
 
 def _flat(path: Path, cfg: DictConfig) -> dict[str, Any]:
     """The config's leaves after the choices of groups, which a run notes beside its config."""
     file = path / "params.json"
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known = {**noted.get("tags", {}), **noted.get("params", {})}
+    known = {**noted.get("tags", {}), **config.upgraded_choices(noted.get("params", {}))}
     return {**{group: known[group] for group in config.groups() if group in known}, **config.flat(cfg)}
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.diffusion.sampling import Sampling, sample_latents
 from nai_xl.errors import UserError
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
 from nai_xl.interfaces import Bucket, Denoiser, Ema, Parameterization, Schedule, Tracker
-from nai_xl.model.vae import on_canvas
 from nai_xl.rng import generator
 
 PIXELS = 2 * 1024 * 1024  # sampled at once
@@ -90,6 +91,9 @@ class SampleGrid:
     Without `prompts`, `count` training captions spread over the data are taken, and the training image stands beside
     each sample.
     """
+
+    changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: int
     count: int = 12

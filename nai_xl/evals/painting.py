@@ -3,7 +3,7 @@
 # no annotations from __future__: the checks of settings that other modules' evaluators inherit need them as objects
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ class PaintedPrompts:
     The noise depends on the prompt's place and the seed, never on the run. Samples take `steps` steps and else what
     sampling.* says; `batch` of them are painted together on the native canvas, as many pixels at once on larger ones.
     """
+
+    changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     seeds: Annotated[int, Field(ge=1)] = 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
@@ -28,7 +29,6 @@ from nai_xl.evals.painter import Studio
 from nai_xl.evals.val_loss import item_name
 from nai_xl.interfaces import Placement
 from nai_xl.model.clip import check_clip, load_clip
-from nai_xl.model.vae import on_canvas
 from nai_xl.record.items import mean, report
 
 INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
@@ -57,6 +57,9 @@ class Quality:
     at least 0. The noise depends on the caption's place and the seed, never on the run. Samples take `steps` steps and
     else what sampling.* says.
     """
+
+    changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     inception: Annotated[Path, AfterValidator(_torchscript)] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from nai_xl.data.cache import content_key
+from nai_xl.data.epoch_plan import by_bucket
 from nai_xl.data.index import Item
 from nai_xl.data.loader import Encoded, LatentRef
-from nai_xl.data.plan import by_bucket
+from nai_xl.diffusion.denoiser import predict
 from nai_xl.engine.meter import bands
 from nai_xl.errors import UserError
 from nai_xl.evals.painter import Studio
@@ -43,6 +44,9 @@ class ValLoss:
     val/x0_loss_logsnr_<l> at levels of equal log-SNR, as far as the schedule reaches.
     """
 
+    changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
+
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 16
     timesteps: Annotated[int, Field(ge=1)] = 8
@@ -61,6 +65,8 @@ class ValLoss:
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
         """Measure, write the values of each image, and give their means."""
+        if self.timesteps > len(studio.schedule):
+            raise UserError(f"evals.val_loss.timesteps={self.timesteps}: the schedule has only {len(studio.schedule)}")
         with studio.ema.swapped_in():
             rows = [row for some in self._batches(studio.encoded) for row in self._measure(some, studio)]
         edges = bands(len(studio.schedule))
@@ -98,14 +104,13 @@ class ValLoss:
         pairs = [encoded.condition(item.caption) for item, _ in some]
         context, pooled = (torch.stack(tensors).to(device) for tensors in zip(*pairs, strict=True))
         time_ids = torch.tensor([ref.placement.time_ids(item.size) for item, ref in some], device=device)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
         std = encoded.std.to(device)
         rows: Rows = []
         for number, t in self._levels(schedule).items():
             level = schedule.at(t.to(device).expand(len(some)))
             noise = torch.stack([self.noise(name, number, x0.shape[1:]) for name in names]).to(device)
             xt = schedule.add_noise(x0, noise, level)
-            out = studio.denoise(xt, level.t, context, added_cond_kwargs=added, return_dict=False)[0].float()
+            out = predict(studio.denoise, xt, level.t, context, pooled, time_ids).float()
             target = studio.parameterization.target(x0, noise, level)
             clean = studio.parameterization.to_x0(xt, out, level)
             raw = _squared(std * clean, std * x0)  # the means cancel

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 
 ASSETS = files("nai_xl") / "assets"
 TEXT_SEED = 1234  # the encoders are part of the model, as published weights are: not of the run's seed

@@ -30,7 +30,8 @@ from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Painter
 from nai_xl.interfaces import Bucket, Denoiser
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components, load_sdxl
+from nai_xl.model.sdxl import load_sdxl
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import encode_texts
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
@@ -42,12 +43,11 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def read_config(run: Path) -> DictConfig:
     """The config that `run` was trained with. Raises UserError when `run` is no run or does not fit this package."""
     try:
-        cfg = OmegaConf.load(run / "config.yaml")
+        cfg = config.stored_config(run)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run}: no run here (no config.yaml); give a folder that nai_xl.train has made") from error
-    if not isinstance(cfg, DictConfig) or (lacking := [key for key in NEEDED if key not in cfg]):
-        what = f"lacks {', '.join(lacking)}" if isinstance(cfg, DictConfig) else "is no config"
-        raise UserError(f"{run / 'config.yaml'} {what}; give a folder that nai_xl.train has made")
+    if lacking := [key for key in NEEDED if key not in cfg]:
+        raise UserError(f"{run / 'config.yaml'} lacks {', '.join(lacking)}; give a folder that nai_xl.train has made")
     config.check(OmegaConf.masked_copy(cfg, NEEDED))
     return cfg
 
