@@ -1,6 +1,6 @@
 """model=tiny: every part of SDXL at small width, so that the whole method runs on a laptop's CPU.
 
-The autoencoder is trained (experiments/tiny_model/train_vae.py). The two text encoders are random and frozen: with well
+The autoencoder is trained (experiments/tiny_model). The two text encoders are random and frozen: with well
 separated word vectors a random causal transformer tells captions apart, which is all that the conditioning needs here.
 """
 
