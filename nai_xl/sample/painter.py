@@ -28,7 +28,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: Any) -> Painter:
     """A painter with the averaged weights of the run's pipeline.
 
-    `cfg` is the run's config. `settings` are fields of Sampling; those that are not None replace the run's own. Raises UserError when there is no pipeline yet, and for settings that cannot be.
+    `cfg` is the run's config. `settings` are fields of Sampling; those that are not None replace the run's own. Raises
+    UserError when there is no pipeline yet, and for settings that cannot be.
     """
     build = functools.partial(config.build, plugins=tuple(cfg.plugins))
     own: Sampling = build(cfg.sampling)
