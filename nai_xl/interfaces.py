@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -15,10 +15,32 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def declare(
+    *, changes_weights: bool = True, without_effect: Sequence[str] = (), open_ended: bool = False
+) -> Callable[[F], F]:
+    """Give an option that is a plain function the attributes that a class of options has in its body.
+
+    changes_weights = False: nothing about the option changes the trained weights by more than roundings, so that no
+    run's signature holds it. without_effect: the parameters of which that is true. open_ended, of a learning rate: its
+    curve does not depend on the length of the run, so that a longer run continues a shorter one. Without declarations
+    an option and all of its parameters count, and the length of the run too.
+    """
+
+    def declared(function: F) -> F:
+        vars(function).update(changes_weights=changes_weights, without_effect=without_effect, open_ended=open_ended)
+        return function
+
+    return declared
+
 
 @dataclass(frozen=True, slots=True)
 class Native:
     """What belongs to a model's size: canvas edge and bucket step in pixels, learning rate, images per micro-batch."""
+
+    changes_weights: ClassVar[bool] = False  # those settings do that are made from it
 
     resolution: Annotated[int, Field(ge=8)]
     bucket_step: Annotated[int, Field(ge=8, multiple_of=8)]
@@ -74,6 +96,31 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    @property
+    def canvas(self) -> tuple[int, int, int]:
+        """Height and width in pixels, and tokens of the captions: what a step's cost depends on."""
+        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], self.context.shape[1]
+
+
+class Samples(Protocol):
+    """A micro-batch of any task, as the loop and the meter see it."""
+
+    item: Tensor  # [B] int64: place of each sample's image in the index
+
+    def __len__(self) -> int: ...
+    @property
+    def canvas(self) -> tuple[int, int, int]: ...  # height, width in pixels, tokens
+    def to(self, device: torch.device) -> Samples: ...
+    def pin_memory(self) -> Samples: ...
+    def record_stream(self, stream: torch.cuda.Stream) -> None: ...
+
+
+class Losses(NamedTuple):
+    """What a task makes of a micro-batch."""
+
+    values: Tensor  # [B] float32, the loss of each sample
+    axis: Tensor  # [B] where each is reported, along an axis of the task's own such as timesteps
 
 
 @runtime_checkable
@@ -190,14 +237,50 @@ class Tracker(Protocol):
     def where(self) -> list[str]: ...
 
 
+Direction = Literal["lower", "higher"]
+"""Which values of a metric are better."""
+
+
 class Evaluator(Protocol):
-    """Looks at the model every `every` optimizer steps."""
+    """Looks at the model every `every` optimizer steps, and once at the end. An option of evals=.
 
+    better: the direction of the metrics that `run` returns, by the beginning of their names. Of several entries that a
+    name begins with, the longest counts: {"mine/": "lower", "mine/hits": "higher"}. A metric without an entry has no
+    good direction: a comparison calls it "higher" or "lower" instead of "better" or "worse".
+
+    changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
+    their evaluators alone are one run.
+
+    looks_at: the task whose model the evaluator looks at, by the name of that option.
+    """
+
+    better: ClassVar[Mapping[str, Direction]]
+    changes_weights: ClassVar[bool]
     every: int
+    looks_at: ClassVar[str]
 
-    def texts(self, items: Sequence[Any]) -> list[str]: ...  # training items -> texts to be encoded beforehand
-    def held_out(self, items: Sequence[Any]) -> Sequence[Any]: ...  # held-out items -> those to be encoded beforehand
-    def run(self, step: int, studio: Any) -> dict[str, float]: ...
+    def texts(self, items: Sequence[Any]) -> list[str]:
+        """The texts that `run` will need. They are encoded before training, since the text encoders are not kept.
+
+        `items`: the training images, each a data.index.Item.
+        """
+        ...
+
+    def held_out(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Those of the held-out `items` that `run` will look at: their images and captions are encoded beforehand.
+
+        Raises UserError where there are too few of them.
+        """
+        ...
+
+    def run(self, step: int, studio: Any) -> dict[str, float]:
+        """Metric -> value after `step` optimizer steps, to be logged; {} where there is nothing but a picture.
+
+        `studio` is an evals.painter.Studio. Evaluate the averaged weights with `studio.ema.swapped_in()`. The values of
+        single items, by which comparisons pair, are written with record.items.report. Take random numbers from
+        rng.generator and never from torch's global one: an evaluation must not change the training.
+        """
+        ...
 
 
 class Checkpointer(Protocol):

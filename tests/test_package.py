@@ -16,8 +16,9 @@ def test_the_wheel_holds_conf_and_assets_and_runs_from_elsewhere(tmp_path: Path)
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
     assets = {f"nai_xl/assets/{name}" for name in ("tiny_vae.safetensors", "tiny_merges.txt", "sdxl/unet/config.json")}
+    templates = {"nai_xl/compare/report/page.html.j2"}
     confs = {"nai_xl/conf/train.yaml", "nai_xl/conf/schedule/ztsnr.yaml"}
-    assert confs | assets | {"hydra_plugins/nai_xl_sweep/__init__.py"} <= names
+    assert confs | assets | templates | {"hydra_plugins/nai_xl_sweep/__init__.py"} <= names
     assert "hydra_plugins/__init__.py" not in names  # a namespace, shared with other packages' plug-ins
     # the checkout must not be found by accident: the wheel's own folder is all that is on the path
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -1,6 +1,34 @@
-"""python -m nai_xl.compare"""
+"""python -m nai_xl.compare experiment=NAME | sweep=NAME | runs='MLflow filter' | DIRECTORY ...: which arm is better?
 
-from nai_xl.compare.report import main
+Pairs the arms over seeds and evaluation items, prints a table and writes <output_dir>/compare-<name>/ with report.html,
+results.csv, results.json and the figures. Further: output_dir=, baseline=key=value,..., metrics=a,b, uri= (with runs=).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nai_xl import config
+from nai_xl.compare.arguments import arguments
+from nai_xl.compare.comparison import compare
+from nai_xl.compare.figures.draw import draw
+from nai_xl.compare.report.delivery import log
+from nai_xl.compare.report.files import write
+from nai_xl.compare.report.screen import show
+from nai_xl.compare.selection import select
+from nai_xl.compare.verdicts import declared
+
+
+def main() -> None:
+    with config.mistakes_told():
+        selection = select(arguments(sys.argv[1:], description=str(__doc__)))
+        found = compare(selection.runs, selection.question, declared(selection.configs.values()))
+        folder = selection.output_dir / f"compare-{selection.question.name}"
+        files = write(found, folder, draw(found, selection.configs))
+        show(found, files)
+        if line := log(found, files):
+            print(line)
+
 
 if __name__ == "__main__":
     main()

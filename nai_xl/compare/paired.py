@@ -1,4 +1,4 @@
-"""Statistics of paired arms: what a difference is worth when arms share seeds and evaluation items.
+"""Statistics of paired arms: how certain a difference is between arms that share seeds and evaluation items.
 
 Pure functions over tables [S seeds, I items] of float64; a metric without items has I = 1. Sources:
 [Clark] The language-as-fixed-effect fallacy, J. Verbal Learning and Verbal Behavior 12 (1973) 335, quasi-F;
@@ -6,8 +6,7 @@ Pure functions over tables [S seeds, I items] of float64; a metric without items
 [Owen] The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007) 386;
 [Satterthwaite] An approximate distribution of estimates of variance components, Biometrics Bulletin 2 (1946) 110;
 [Welch] The generalization of Student's problem, Biometrika 34 (1947) 28;
-[Holm] A simple sequentially rejective multiple test procedure, Scand. J. Statistics 6 (1979) 65;
-[DLMF] Digital Library of Mathematical Functions, dlmf.nist.gov.
+[Holm] A simple sequentially rejective multiple test procedure, Scand. J. Statistics 6 (1979) 65.
 """
 
 from __future__ import annotations
@@ -18,106 +17,28 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 Array = NDArray[np.float64]
 
 LEVEL = 0.05  # intervals hold 95 %; a verdict asks for an adjusted p below it
 RESAMPLES = 2000
 
-# The longest prefix of a metric's name that stands here says which direction is better
-DIRECTIONS = {
-    "val/": "lower",
-    "train/loss": "lower",
-    "color/error": "lower",
-    "color/luminance_min": "lower",
-    "color/luminance_max": "higher",
-    "color/luminance_range": "higher",
-    "coherence/count_error": "lower",
-    "coherence/cut": "lower",
-    "coherence/right": "higher",
-    "coherence/too_many": "lower",
-    "quality/fid": "lower",
-    "quality/kid": "lower",
-    "quality/clip": "higher",
-    "perf/images_per_second": "higher",
-    "perf/tflops": "higher",
-    "perf/mfu": "higher",
-    "perf/data_wait": "lower",
-    "perf/peak_memory_gib": "lower",
-}
-
-NO_DIFFERENCE, ONE_SEED = "no difference shown", "one seed only"
-
-
-def better_direction(metric: str) -> str | None:
-    """'lower' or 'higher', or None for a metric that is not in DIRECTIONS."""
-    known = [prefix for prefix in DIRECTIONS if metric.startswith(prefix)]
-    return DIRECTIONS[max(known, key=len)] if known else None
-
-
-def verdict(metric: str, difference: float, p: float | None) -> str:
-    """In a word, from the adjusted p; a metric of unknown direction is 'higher' or 'lower', not better or worse.
-
-    `p` is None where a single seed leaves nothing to judge by.
-    """
-    if p is None:
-        return ONE_SEED
-    if p >= LEVEL or difference == 0:
-        return NO_DIFFERENCE
-    side = "lower" if difference < 0 else "higher"
-    good = better_direction(metric)
-    return side if good is None else "better" if side == good else "worse"
-
-
-# --- Student's t ------------------------------------------------------------------------------------------------------
-
 
 def two_sided_p(t: float, df: float) -> float:
-    """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom, which need not be whole ([DLMF] 8.17)."""
-    if math.isinf(t):
-        return 0.0
-    if abs(t) < 1:  # from the other side: there df / (df + t t) rounds to 1
-        return 1 - _incomplete_beta(0.5, df / 2, t * t / (df + t * t))
-    return _incomplete_beta(df / 2, 0.5, df / (df + t * t))
+    """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom, which need not be an integer.
+
+    The incomplete beta function in both of its forms: special.stdtr uses the second alone, and is wrong from the ninth
+    digit where df / (df + t t) is close to 1.
+    """
+    if abs(t) < 1:
+        return float(special.betaincc(0.5, df / 2, t * t / (df + t * t)))
+    return float(special.betainc(df / 2, 0.5, df / (df + t * t)))
 
 
 def critical_t(df: float, level: float = LEVEL) -> float:
-    """The t that two_sided_p takes to `level`, by bisection."""
-    low, high = 0.0, 1.0
-    while two_sided_p(high, df) > level:
-        high *= 2
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided_p(middle, df) > level else (low, middle)
-    return high
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised I_x(a, b): its continued fraction [DLMF] 8.17.22, on the side where that converges fast."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    return math.exp(front) / a / _continued_fraction(a, b, x)
-
-
-def _continued_fraction(a: float, b: float, x: float) -> float:
-    """1 + d1/(1 + d2/(1 + ...)) by Lentz's method."""
-    tiny = 1e-300
-    value, c, d = 1.0, 1.0, 0.0
-    for n in range(1, 10_000):
-        m = n // 2
-        if n % 2:
-            step = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            step = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d = 1 / (1 + step * d or tiny)
-        c = 1 + step / c or tiny
-        value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return value
+    """The t whose two_sided_p is `level`."""
+    return float(special.stdtrit(df, 1 - level / 2))
 
 
 # --- one difference ---------------------------------------------------------------------------------------------------
@@ -133,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Spread:
-    """The variance of a mean as the sum of independently estimated parts; `df` are [Satterthwaite]'s for the sum."""
+    """The variance of a mean as the sum of independently estimated parts."""
 
     parts: tuple[Part, ...]
 
@@ -143,7 +64,9 @@ class Spread:
 
     @property
     def df(self) -> float:
-        """By shares: the square of a variance can be too small for a float. Those of the first part if all are 0."""
+        """[Satterthwaite]'s, computed from the parts' shares because the square of a variance can underflow. If all
+        parts are 0, those of the first.
+        """
         whole = self.variance
         if not whole:
             return self.parts[0].df
@@ -151,19 +74,20 @@ class Spread:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval."""
+        """Half the width of the 95 % interval."""
         return critical_t(self.df) * math.sqrt(self.variance) if self.variance else 0.0
 
 
 def spread(table: Array) -> Spread:
     """How far the mean of `table` [S, I] would move with other seeds and other items. Needs S >= 2 or I >= 2.
 
-    Seeds and items are crossed, so the table has two ways of varying, and values that share a seed or an item are not
-    independent: var(mean) = (MS_S + MS_I - MS_SI) / SI with expected mean squares of the two-way layout ([Clark];
-    [Hillis]: every item is read by every seed). Its parts are the seeds', MS_S / SI with S - 1 degrees of freedom, and
-    what the items add, never less than 0, with I - 1; so the whole is never less than the variance of the S means of
-    seeds, and without an items' part it is the plain t-interval over seeds. [Hillis] leaves out the second degrees of
-    freedom, which count where items are few. With S = 1 only the items vary, with I = 1 only the seeds.
+    Seeds and items are crossed: every seed meets every item, so values that share a seed or an item are not
+    independent. By the expected mean squares of the two-way layout, var(mean) = (MS_S + MS_I - MS_SI) / SI ([Clark];
+    [Hillis], where every reader reads every case). It has two parts: the seeds' MS_S / SI, with S - 1 degrees of
+    freedom, and what the items add, (MS_I - MS_SI) / SI but at least 0, with I - 1. The sum is never less than the
+    variance of the mean over S seeds; where the items add nothing, it is the plain t-interval over seeds. [Hillis]
+    leaves out the items' degrees of freedom, which matter if there are few items. With S = 1 only the items vary, with
+    I = 1 only the seeds.
     """
     seeds, items = table.shape
     if seeds == 1:
@@ -183,14 +107,14 @@ def _of_items(table: Array) -> Part:
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired difference, arm minus baseline. None: a single run on each side has no interval."""
+    """A paired difference, arm minus baseline. A single run on each side has no interval: its fields are None."""
 
     difference: float
     low: float | None  # 95 % interval
     high: float | None
     p: float | None  # two-sided, of this comparison alone
     df: float | None
-    bootstrap: tuple[float, float] | None  # beside it, for who asks; too narrow with few seeds
+    bootstrap: tuple[float, float] | None  # for comparison only: too narrow with few seeds
     unpaired: float | None  # half the width that the interval would have if each arm had other seeds and other items
     unpaired_seeds: float | None  # the same with other seeds, but the same items; None with a single seed
     seeds: int
@@ -198,12 +122,12 @@ class Effect:
 
     @property
     def factor(self) -> float | None:
-        """How many times wider the interval would be without pairing; None where the paired one has no width."""
+        """How many times wider the interval would be without pairing; None if the paired one has no width."""
         return self._times(self.unpaired)
 
     @property
     def factor_seeds(self) -> float | None:
-        """The share of the pairing of seeds in `factor`: how many times wider with other seeds but the same items."""
+        """How many times wider the interval would be with other seeds but the same items."""
         return self._times(self.unpaired_seeds)
 
     def _times(self, half: float | None) -> float | None:
@@ -215,9 +139,9 @@ class Effect:
 def effect(arm: Array, baseline: Array) -> Effect:
     """The difference of two tables [S, I] whose rows are the same seeds and whose columns are the same items.
 
-    The interval and p are Student's t with the variance and degrees of freedom of `spread`. The percentile bootstrap
-    stands beside them only: over 3 seeds it holds the truth in about 75 % of cases, not 95, which
-    tests/report/test_paired.py simulates.
+    The interval and p are Student's t with the variance and degrees of freedom of `spread`. The percentile bootstrap is
+    given for comparison only: with 3 seeds it contains the true difference in about 75 % of cases instead of 95, as
+    tests/compare/test_paired.py simulates.
     """
     table = arm - baseline
     mean = float(table.mean())
@@ -236,16 +160,16 @@ def effect(arm: Array, baseline: Array) -> Effect:
 
 
 def _other_seeds(arm: Array, baseline: Array) -> Spread:
-    """Of the difference of means had the arms other seeds: [Welch]'s parts, and what the items add to the difference,
-    which they still share.
+    """The spread of the difference if the arms had different seeds but the same items: [Welch]'s parts for the seeds,
+    and what the items add to the paired difference.
     """
     seeds = tuple(spread(table).parts[0] for table in (arm, baseline))
     return Spread(seeds + spread(arm - baseline).parts[1:])
 
 
 def bootstrap(table: Array, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `table` [S, I]: seeds and items are drawn anew independently, each with
-    replacement, so that what shares a seed or an item moves together ([Owen]). The same table gives the same interval.
+    """95 % percentile interval of the mean of `table` [S, I]. Seeds and items are resampled independently, each with
+    replacement, so that values of one seed or one item move together ([Owen]). Equal tables give equal intervals.
     """
     random = np.random.default_rng(0)
     rows, columns = (random.multinomial(n, np.full(n, 1 / n), resamples) / n for n in table.shape)
@@ -255,8 +179,9 @@ def bootstrap(table: Array, resamples: int = RESAMPLES) -> tuple[float, float]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p of several tests, in their order: below 0.05 the chance of a single false alarm is at most 5 %
-    ([Holm]): the smallest times n, the next times n - 1, never less than the one before, at most 1.
+    """Adjusted p of several tests, in their order. If every p below 0.05 counts as a finding, the chance of any false
+    finding is at most 5 % ([Holm]). The smallest p is multiplied by n, the next by n - 1 and so on; none is less than
+    the one before, or more than 1.
     """
     adjusted, least = [0.0] * len(p), 0.0
     for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
@@ -269,7 +194,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def first_reached(curve: Mapping[int, float], target: float, good: str = "lower") -> int | None:
-    """The first step at which a curve {step: value} is at its target or beyond; None where it never is."""
+    """The first step at which a curve {step: value} is at its target or better; None if it never is."""
     for step in sorted(curve):
         if curve[step] <= target if good == "lower" else curve[step] >= target:
             return step

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nai_xl.compare.comparison import FAILED, NO_PAIRS, NOT_MEASURED, Comparison, Row
-from nai_xl.compare.paired import NO_DIFFERENCE, ONE_SEED
+from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.rows import Row
+from nai_xl.compare.verdicts import FAILED, NO_DIFFERENCE, NO_PAIRS, NOT_MEASURED, ONE_SEED
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def number(value: float | None, *, digits: int = 4) -> str:
-    """So many digits, with a true minus, and no exponent from a thousandth to a thousand million."""
+    """`value` with so many significant digits, a true minus, and no exponent between 1e-4 and 1e9."""
     return DASH if value is None else _written(f"{value:.{digits}g}", f"{value:,.0f}", value)
 
 
 def change(value: float) -> str:
-    """Three digits and a sign; 0 has none."""
+    """`value` with three significant digits and a sign, except for 0."""
     return "0" if value == 0 else _written(f"{value:+.3g}", f"{value:+,.0f}", value)
 
 
@@ -32,7 +33,7 @@ def interval(row: Row) -> str:
 
 
 def narrower(row: Row) -> str:
-    """'5.5 x (seeds 1.6 x)': how many times pairing narrows the interval; with items, seeds alone."""
+    """'5.5 x (seeds 1.6 x)': how many times narrower pairing makes the interval; in brackets, that of seeds alone."""
     e = row.effect
     if e is None or e.factor is None:
         return DASH
@@ -66,7 +67,7 @@ def about(found: Comparison) -> str:
 
 
 def answer(found: Comparison, metric: str) -> str:
-    """One or two sentences: who is better or worse than the baseline and by how much, and of whom nothing is shown."""
+    """One or two sentences: which arms are better or worse than the baseline, by how much, and which show nothing."""
     rows, names = found.of(metric), found.names
     told: list[str] = []
     for words in ("better", "worse", "lower", "higher"):
@@ -96,12 +97,12 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def _size(row: Row) -> str:
-    """In per cent where that has a meaning."""
+    """In per cent of the baseline, or as it is if the baseline is 0."""
     return percent(row) or (change(row.effect.difference) if row.effect else "")
 
 
 def _limit(row: Row) -> str:
-    """Of an arm that shows nothing: where the difference may lie, in per cent of the baseline where that is not 0."""
+    """Which differences are still possible for an arm that shows none, in per cent of the baseline unless it is 0."""
     e = row.effect
     if row.verdict != NO_DIFFERENCE or e is None or e.low is None or e.high is None:
         return ""
@@ -114,7 +115,7 @@ def _limit(row: Row) -> str:
 
 
 def remarks(found: Comparison) -> list[str]:
-    """The rows' notes, each once: before the arm alone where it holds for all of the arm's metrics."""
+    """The rows' notes, each once, after the arm, and after its metrics unless the note holds for all of them."""
     metrics: dict[tuple[str, str], list[str]] = {}
     for row in found.rows:
         for note in row.notes:

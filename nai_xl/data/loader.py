@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +17,7 @@ from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Cache, Placement
 from nai_xl.rng import draws
 
+T = TypeVar("T")
 RECENT = 64  # captions whose conditions a reader keeps, 20 MB for SDXL
 
 
@@ -156,9 +157,18 @@ def batches(
     strata: int | None = None,
     noise: TrainingNoise | None = None,
 ) -> DataLoader[Batch]:
-    """The loader of one rank. `workers` processes read ahead; 0 reads in the training process."""
+    """The micro-batches of encoded images and captions, of one rank; see whole_batches."""
+    dataset = PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise)
+    return whole_batches(dataset, sampler, workers=workers)
+
+
+def whole_batches(dataset: Dataset[T], sampler: RankBatches, *, workers: int) -> DataLoader[T]:
+    """The loader of one rank, for a data set that makes a whole micro-batch of each list of (position, item).
+
+    `workers` processes read ahead; 0 reads in the training process.
+    """
     return DataLoader(
-        PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise),
+        dataset,
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Sampling:
 
     Raises ValueError for fewer steps than 1, a rescale outside [0, 1] and an unknown method.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     steps: int = 28
     guidance: float = 5.0

@@ -1,8 +1,8 @@
 """evals=coherence: are there as many bodies as prompted, and are they whole?
 
-For models trained on data=shapes. On canvases larger than those of the training, a model whose noise leaves low
-frequencies behind paints parts without regard to each other: NovelAI V3, 2409.15997, section 2.3. A model trained on
-square crops has seen cut bodies, and paints them: section on aspect-ratio bucketing.
+For models trained on data=shapes. If the strongest noise leaves low frequencies visible, a model paints the parts of a
+larger canvas than it was trained on without regard to each other (NovelAI V3, 2409.15997, section 2.3). A model trained
+on square crops has seen cut bodies, and paints cut bodies (ibid., on aspect-ratio bucketing).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,29 @@ from pydantic import Field
 
 from nai_xl.data.source.drawing import EVERYTHING, Colors, Numbers, Scene, Shapes, Vocabulary, contrast, draw_scene
 from nai_xl.evals.bodies import find_bodies
-from nai_xl.evals.painting import PaintedPrompts
+from nai_xl.evals.prompted import PromptedEvaluator
+from nai_xl.interfaces import Direction
 from nai_xl.rng import draws
 
 SEED = 0  # of the prompts: the same for every run
 
 
 @dataclass(frozen=True)
-class Coherence(PaintedPrompts):
-    """Prompts of `count` scenes of data=shapes, of every number of bodies alike many.
+class Coherence(PromptedEvaluator):
+    """Prompts of `count` scenes of data=shapes, divided evenly between the numbers of bodies.
 
-    `bodies`, `colors`, `shapes` and `backgrounds` are those of the prompts: take what the training pictures show.
+    `bodies`, `colors`, `shapes` and `backgrounds` are what prompts name: take what the training pictures show.
 
     coherence/count_error is the mean of |found - prompted|, coherence/right the share of samples with the prompted
     number, coherence/too_many of those with more, coherence/cut the share of a sample's bodies that touch the border.
     """
+
+    better: ClassVar[Mapping[str, Direction]] = {
+        "coherence/count_error": "lower",
+        "coherence/cut": "lower",
+        "coherence/right": "higher",
+        "coherence/too_many": "lower",
+    }
 
     count: Annotated[int, Field(ge=1)] = 8
     bodies: Numbers = EVERYTHING.bodies
@@ -42,7 +50,7 @@ class Coherence(PaintedPrompts):
 
     @cached_property
     def scenes(self) -> Mapping[str, Scene]:
-        """Name -> scene; the name tells the prompt's number of bodies."""
+        """Name -> scene; the name begins with the number of bodies."""
         words = Vocabulary(self.bodies, self.colors, self.shapes, self.backgrounds)
         drawn = (draw_scene(draws(SEED, place), ["shapes"], words) for place in range(100 * self.count))
         numbers = sorted(set(self.bodies))

@@ -1,24 +1,26 @@
-"""evals=color: does a prompted single colour come out? The claim behind zero terminal SNR.
+"""evals=color: does the model paint an image of a single colour when asked for one?
 
-A model whose schedule ends with some signal left learns that the mean brightness is always in the noise already, and
-paints black and white as grey. Lin et al. 2305.08891, figure 1; NovelAI V3, 2409.15997, section 2.2.
+This tests the claim behind zero terminal SNR. If the noisiest input of the training still shows the image's mean
+brightness, a model learns to take the brightness from its input. Sampling begins with pure noise, of medium brightness,
+so black and white come out grey (Lin et al. 2305.08891, figure 1; NovelAI V3, 2409.15997, section 2.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator
 
 from nai_xl.data.source.drawing import PALETTE, Scene
-from nai_xl.evals.painting import PaintedPrompts, Values, suffix
+from nai_xl.evals.prompted import PromptedEvaluator, Values, suffix
+from nai_xl.interfaces import Direction
 from nai_xl.record.items import mean
 
-LUMA = np.array([0.2126, 0.7152, 0.0722])  # ITU-R BT.709, of the sRGB values as they are stored
+LUMA = np.array([0.2126, 0.7152, 0.0722])  # of R, G, B by ITU-R BT.709, applied to sRGB values without linearising
 
 
 def _known(colours: Sequence[str]) -> Sequence[str]:
@@ -28,14 +30,22 @@ def _known(colours: Sequence[str]) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
-class Color(PaintedPrompts):
-    """Prompts "a completely black image" and so on, and compares each sample's mean colour with the prompted one.
+class Color(PromptedEvaluator):
+    """Asks for "a completely black image" and so on, and compares each sample's mean colour with the prompted one.
 
-    `wording` has {} where the colour stands, for models that were trained on other captions than data=shapes' and
-    data=sample's. color/error is the root of the mean squared difference of R, G and B in [0,1], over all prompts, and
-    color/error_<colour> of one. Luminance is in [0,1]; color/luminance_min and _max are the darkest and brightest
-    prompts' means over seeds, and color/luminance_range is their difference.
+    `wording` is the prompt, with {} for the colour: change it for models that were trained on other captions than those
+    of data=shapes and data=sample. A sample's error is the root of the mean squared difference of R, G and B in [0,1].
+    color/error is its mean over all samples, color/error_<colour> its mean over those of one colour. Luminance is in
+    [0,1]; color/luminance is its mean over samples. Averaged over seeds, color/luminance_min is the darkest prompt's,
+    color/luminance_max the brightest prompt's, and color/luminance_range their difference.
     """
+
+    better: ClassVar[Mapping[str, Direction]] = {
+        "color/error": "lower",
+        "color/luminance_min": "lower",
+        "color/luminance_max": "higher",
+        "color/luminance_range": "higher",
+    }
 
     colors: Annotated[Sequence[str], AfterValidator(_known)] = tuple(PALETTE)
     wording: str = Scene("{}").caption

@@ -1,4 +1,4 @@
-"""Figures of the method: what noise a schedule gives and how much each timestep counts."""
+"""The figure of the method: how noisy each timestep is, and how much it counts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One combination: the name of what its colour tells, usually the schedule, and of what its line style tells."""
+class Variant:
+    """One variant of the method: its numbers, and the names by which the legend explains its colour and its line style.
+
+    Usually the colour stands for the schedule and the style for the loss.
+    """
 
     diagnosis: Diagnosis
     colour: str = ""
@@ -35,22 +38,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Legend:
-    """The legend's headings: of colours and of line styles."""
+    """The legend's headings: what colours stand for, and what line styles stand for."""
 
     colour: str = "schedule"
     style: str = "loss"
 
 
-def method(arms: Sequence[Arm], title: str, headings: Legend = Legend()) -> Image.Image:
-    """Four panels over the timesteps, arms overlaid: noise level, log-SNR, loss weight, relative emphasis.
+def method(variants: Sequence[Variant], title: str, headings: Legend = Legend()) -> Image.Image:
+    """Four panels over the timesteps, variants overlaid: noise level, log-SNR, loss weight, relative emphasis.
 
-    Curves that arms have in common are drawn once, in grey where their colours differ.
+    Curves that variants have in common are drawn once, in grey where their colours differ.
     """
     figure = Figure(figsize=(13, 7.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    pen = _Pen(arms)
+    pen = _Pen(variants)
     _noise(axes[0, 0], pen)
     _log_snr(axes[0, 1], pen)
     _weight(axes[1, 0], pen)
@@ -70,37 +73,37 @@ def method(arms: Sequence[Arm], title: str, headings: Legend = Legend()) -> Imag
 
 
 class _Pen:
-    """Which colour and dashes an arm has, and which arms share a curve."""
+    """Which colour and dashes a variant has, and which variants share a curve."""
 
-    def __init__(self, arms: Sequence[Arm]):
-        self.arms = arms
-        self.colours = list(dict.fromkeys(arm.colour for arm in arms))
-        self.styles = list(dict.fromkeys(arm.style for arm in arms))
+    def __init__(self, variants: Sequence[Variant]):
+        self.variants = variants
+        self.colours = list(dict.fromkeys(variant.colour for variant in variants))
+        self.styles = list(dict.fromkeys(variant.style for variant in variants))
         # with a single colour to tell, colours are free to underline the styles
         self.two_marks = len(self.colours) > 1 or len(self.styles) == 1
 
-    def colour(self, arm: Arm) -> str:
-        place = self.colours.index(arm.colour) if self.two_marks else self.styles.index(arm.style)
+    def colour(self, variant: Variant) -> str:
+        place = self.colours.index(variant.colour) if self.two_marks else self.styles.index(variant.style)
         return COLOURS[place % len(COLOURS)]
 
-    def dashes(self, arm: Arm) -> tuple[float, ...]:
-        return DASHES[self.styles.index(arm.style) % len(DASHES)]
+    def dashes(self, variant: Variant) -> tuple[float, ...]:
+        return DASHES[self.styles.index(variant.style) % len(DASHES)]
 
-    def curves(self, table: Callable[[Diagnosis], Array]) -> list[tuple[Array, list[Arm]]]:
-        """Each distinct curve with the arms that have it."""
-        found: list[tuple[Array, list[Arm]]] = []
-        for arm in self.arms:
-            values = table(arm.diagnosis)
+    def curves(self, table: Callable[[Diagnosis], Array]) -> list[tuple[Array, list[Variant]]]:
+        """Each distinct curve with the variants that have it."""
+        found: list[tuple[Array, list[Variant]]] = []
+        for variant in self.variants:
+            values = table(variant.diagnosis)
             for known, sharing in found:
                 if known.shape == values.shape and np.allclose(known, values, rtol=1e-5, atol=1e-8, equal_nan=True):
-                    sharing.append(arm)
+                    sharing.append(variant)
                     break
             else:
-                found.append((values, [arm]))
+                found.append((values, [variant]))
         return found
 
-    def look(self, sharing: list[Arm], *, noise_only: bool = False) -> dict[str, object]:
-        """Line properties of a curve that these arms share; a property on which they differ becomes neutral."""
+    def look(self, sharing: list[Variant], *, noise_only: bool = False) -> dict[str, object]:
+        """Line properties of a curve that these variants share; a property on which they differ becomes neutral."""
         colours = list(dict.fromkeys(map(self.colour, sharing)))
         dashes = list(dict.fromkeys(map(self.dashes, sharing)))
         plain = noise_only or len(dashes) > 1
@@ -125,7 +128,7 @@ class _Pen:
                 colour = SHARED if self.two_marks else COLOURS[place % len(COLOURS)]
                 entries.append((Line2D([], [], color=colour, lw=1.9, dashes=DASHES[place % len(DASHES)]), name))
         if entries:
-            if any(arm.diagnosis.noise[-1].isinf() for arm in self.arms):
+            if any(variant.diagnosis.noise[-1].isinf() for variant in self.variants):
                 dot = Line2D([], [], color=SHARED, marker="o", linestyle="none")
                 entries += [(blank, ""), (dot, "terminal step: pure noise")]
             lines, names = zip(*entries, strict=True)
@@ -148,7 +151,7 @@ def _log_snr(axis: Axes, pen: _Pen) -> None:
     _with_infinite_ends(axis, pen, curves, up=False)
 
 
-def _with_infinite_ends(axis: Axes, pen: _Pen, curves: list[tuple[Array, list[Arm]]], *, up: bool) -> None:
+def _with_infinite_ends(axis: Axes, pen: _Pen, curves: list[tuple[Array, list[Variant]]], *, up: bool) -> None:
     """Draw the finite part; an infinite last step is an arrow out of the panel."""
     endless = []
     for values, sharing in curves:
@@ -174,7 +177,7 @@ def _with_infinite_ends(axis: Axes, pen: _Pen, curves: list[tuple[Array, list[Ar
 def _weight(axis: Axes, pen: _Pen) -> None:
     axis.set_title("Weight of the squared prediction error", loc="left")
     _weights(axis, pen, pen.curves(lambda d: d.weight.numpy()))
-    if len(pen.arms) == 1 and len(axis.lines) > 1:  # without a legend outside, the dot is told here
+    if len(pen.variants) == 1 and len(axis.lines) > 1:  # without a legend outside, the dot is told here
         axis.legend(axis.lines[1:], ["terminal step: pure noise"], loc="upper right", frameon=False)
 
 
@@ -201,7 +204,7 @@ def _isolated(present: NDArray[np.bool_]) -> bool:
     return int(alone.sum()) * 2 > int(present.sum())
 
 
-def _weights(axis: Axes, pen: _Pen, curves: list[tuple[Array, list[Arm]]]) -> None:
+def _weights(axis: Axes, pen: _Pen, curves: list[tuple[Array, list[Variant]]]) -> None:
     """Lines from zero up; a dot marks the last step's value where the schedule ends in pure noise."""
     top = 0.0
     for values, sharing in curves:
@@ -213,7 +216,7 @@ def _weights(axis: Axes, pen: _Pen, curves: list[tuple[Array, list[Arm]]]) -> No
             axis.plot(t[finite & (values > 0)], drawn[drawn > 0], ".", color=look["color"], markersize=5)
         else:
             axis.plot(t[finite], drawn, **look)  # type: ignore[arg-type]
-        if finite[-1] and any(np.isinf(arm.diagnosis.noise[-1]) for arm in sharing):
+        if finite[-1] and any(np.isinf(variant.diagnosis.noise[-1]) for variant in sharing):
             axis.plot(t[-1], values[-1], "o", color=look["color"], markersize=6, clip_on=False, zorder=5)
     if top > 20:
         axis.set_yscale("symlog", linthresh=1)

@@ -1,22 +1,19 @@
-"""Evaluators: what is looked at while a run goes on. All see the averaged weights."""
+"""Painting prompts with a model, and what an evaluator sees of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.diffusion.sampling import Sampling, sample_latents
-from nai_xl.errors import UserError
-from nai_xl.evals.contact_sheet import Prompt, contact_sheet
+from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.interfaces import Bucket, Denoiser, Ema, Parameterization, Schedule, Tracker
-from nai_xl.model.vae import on_canvas
 from nai_xl.rng import generator
 
 PIXELS = 2 * 1024 * 1024  # sampled at once
@@ -81,52 +78,3 @@ class Studio(Painter):
     encoded: Encoded
     square: Bucket  # the canvas of prompts that have no image
     run_dir: Path
-
-
-@dataclass
-class SampleGrid:
-    """Every `every` steps a grid of fixed prompts and fixed noise, painted with the averaged weights.
-
-    Without `prompts`, `count` training captions spread over the data are taken, and the training image stands beside
-    each sample.
-    """
-
-    every: int
-    count: int = 12
-    seed: int = 0
-    prompts: Sequence[str] | None = None
-    _prompts: list[Prompt] = field(default_factory=list, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.count < 1:
-            raise UserError("evals.sample_grid: every and count must be at least 1")
-
-    def texts(self, items: Sequence[Item]) -> list[str]:
-        """The prompts, known before training so that their text conditions can be cached."""
-        return list(self.prompts) if self.prompts else [item.caption for item in self.picked(items)]
-
-    def held_out(self, items: Sequence[Item]) -> list[Item]:
-        """None: its pictures are of the training."""
-        return []
-
-    def picked(self, items: Sequence[Item]) -> list[Item]:
-        """`count` items evenly spread over the index."""
-        count = min(self.count, len(items))
-        return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-    def run(self, step: int, studio: Studio) -> dict[str, float]:
-        """Paint the grid and hand it to the tracker as the figure "samples"."""
-        if not self._prompts:
-            self._prompts = self._from_texts(studio) if self.prompts else self._from_images(studio)
-        with studio.ema.swapped_in():
-            samples = studio.paint(self._prompts, self.seed)
-        studio.tracker.figure("samples", step, contact_sheet(self._prompts, samples))
-        return {}
-
-    def _from_texts(self, studio: Studio) -> list[Prompt]:
-        return [Prompt(text, studio.square) for text in self.prompts or ()]
-
-    def _from_images(self, studio: Studio) -> list[Prompt]:
-        placed = dict(zip(studio.encoded.index.items, studio.encoded.latents, strict=True))
-        chosen = [(item, placed[item][0].placement) for item in self.picked(studio.encoded.index.items)]
-        return [Prompt(item.caption, p.bucket, on_canvas(open_rgb(item.path), p)) for item, p in chosen]

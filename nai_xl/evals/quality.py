@@ -1,4 +1,4 @@
-"""evals=quality: FID, KID and CLIP score, by torchmetrics, with weights that the user gives.
+"""evals=quality: FID, KID and CLIP score, computed by torchmetrics with weights that the user supplies.
 
 FID: Heusel et al. 1706.08500. KID: Binkowski et al. 1801.01401. CLIP score: Hessel et al. 2104.08718.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,15 +20,15 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
 from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Studio
 from nai_xl.evals.val_loss import item_name
-from nai_xl.interfaces import Placement
+from nai_xl.interfaces import Direction, Placement
 from nai_xl.model.clip import check_clip, load_clip
-from nai_xl.model.vae import on_canvas
 from nai_xl.record.items import mean, report
 
 INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
@@ -43,20 +43,33 @@ def _torchscript(path: Path) -> Path:
     return path
 
 
+# model.clip and model.vae are imported where they are used: transformers and diffusers take seconds to import, and a
+# comparison reads `better` alone
+
+
 def _clip_folder(path: Path) -> Path:
+
     check_clip(path)
     return path
 
 
 @dataclass
 class Quality:
-    """Every `every` steps `seeds` samples of `count` images' captions, beside the images themselves.
+    """Every `every` steps `seeds` samples of the captions of `count` images, compared with the images themselves.
 
-    The images are held-out ones, or training images where none is held out. quality/fid and quality/kid, with
-    `inception`, compare the two sets; quality/clip, with `clip`, is the mean over samples of 100 cos(image, caption),
-    at least 0. The noise depends on the caption's place and the seed, never on the run. Samples take `steps` steps and
-    else what sampling.* says.
+    The images are held-out ones, or training images if none is held out. quality/fid and quality/kid compare the set of
+    samples with the set of images, and need `inception`. quality/clip is the mean over samples of
+    max(0, 100 cos(image, caption)), and needs `clip`. The noise depends on the caption's place and the seed, never on
+    the run. Samples are painted in `steps` steps; sampling.* sets the rest.
     """
+
+    better: ClassVar[Mapping[str, Direction]] = {
+        "quality/fid": "lower",
+        "quality/kid": "lower",
+        "quality/clip": "higher",
+    }
+    changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     inception: Annotated[Path, AfterValidator(_torchscript)] | None = None
@@ -77,18 +90,19 @@ class Quality:
             raise UserError("evals=quality needs torchmetrics; pip install 'nai_xl[quality]'")
 
     def texts(self, items: Sequence[Item]) -> list[str]:
-        """The captions of the training images that are looked at where none is held out."""
+        """The captions of the training images that it looks at if none is held out."""
         return [item.caption for item in self._chosen(items)]
 
     def held_out(self, items: Sequence[Item]) -> list[Item]:
-        """The images it looks at: no image twice."""
+        """The first `count`, no image twice. Raises UserError when there is only one."""
         chosen = self._chosen(items)
         if len(chosen) == 1:
             raise UserError("evals=quality compares with at least 2 images; data.held_out holds out 1, set more or 0")
         return chosen
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
-        """Paint, measure, write the CLIP score of each sample, and give the means and distances."""
+        """Paint, measure, write the CLIP score of each sample, and return the means and distances."""
+
         items, placements, what = self._references(studio.encoded)
         prompts = [Prompt(item.caption, placed.bucket) for item, placed in zip(items, placements, strict=True)]
         extractor = None if self.inception is None else load_extractor(self.inception, studio.device)
@@ -96,8 +110,7 @@ class Quality:
         fakes: list[Tensor] = []
         scores: dict[str, float] = {}
         if extractor is not None and self._real is None:
-            canvases = (on_canvas(open_rgb(i.path), placed) for i, placed in zip(items, placements, strict=True))
-            self._real = self._features(extractor, canvases, studio.device)
+            self._real = self._features(extractor, _canvases(items, placements), studio.device)
             self._say(len(items), what)
         for seed, samples in self._painted(studio, prompts):
             if extractor is not None:
@@ -120,7 +133,7 @@ class Quality:
             yield seed, samples
 
     def _chosen(self, items: Sequence[Item]) -> list[Item]:
-        """The first `count`: they are ordered by their content, which is as good as drawn."""
+        """The first `count`. Items are in the order of their contents' hashes, so this is a random choice."""
         return list({item_name(item): item for item in items}.values())[: self.count]
 
     def _references(self, encoded: Encoded) -> tuple[list[Item], list[Placement], str]:
@@ -134,7 +147,7 @@ class Quality:
         return items, [placed[item_name(item)] for item in items], what
 
     def _features(self, extractor: nn.Module, images: Iterable[Image.Image], device: torch.device) -> Tensor:
-        """[N,D] float64 on the CPU, in the images' order. Neighbours of one size go through together."""
+        """[N,D] float64 on the CPU, in the images' order. Neighbours of equal size are computed together."""
         rows = []
         for _, same in groupby(images, key=lambda image: image.size):
             while some := list(islice(same, self.batch)):
@@ -149,6 +162,10 @@ class Quality:
                 "compare it only between runs with as many of both. KID is not biased",
                 file=sys.stderr,
             )
+
+
+def _canvases(items: Sequence[Item], placements: Sequence[Placement]) -> Iterator[Image.Image]:
+    return (on_canvas(open_rgb(item.path), placed) for item, placed in zip(items, placements, strict=True))
 
 
 def to_bytes(image: Image.Image) -> Tensor:
@@ -188,7 +205,7 @@ def features(extractor: nn.Module, images: Tensor) -> Tensor:
 
 
 class _Given(nn.Module):
-    """In place of torchmetrics' own extractor, for features that are there already."""
+    """Stands in for torchmetrics' extractor: its input is features already."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -199,7 +216,7 @@ class _Given(nn.Module):
 
 
 def fid(real: Tensor, fake: Tensor) -> float:
-    """The Frechet distance, squared, of two normal distributions with these features' means and covariances."""
+    """The squared Frechet distance of two normal distributions with the means and covariances of these features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
@@ -211,7 +228,8 @@ def fid(real: Tensor, fake: Tensor) -> float:
 def kid(real: Tensor, fake: Tensor) -> float:
     """The unbiased estimate of the squared MMD with the kernel (x.y / D + 1)^3, of all features [N,D] at once.
 
-    torchmetrics' metric averages it over random subsets: the same expectation, more spread, another number every time.
+    torchmetrics' own metric averages it over random subsets, which has the same expectation, a larger variance, and
+    another value each time.
     """
     from torchmetrics.image.kid import poly_mmd
 

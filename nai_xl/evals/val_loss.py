@@ -1,7 +1,8 @@
 """evals=val_loss: the error on images that are never trained on, at fixed noise levels, with fixed noise.
 
-Noise is a function of (the evaluator's seed, image, place in the grid) alone, so every run that holds the same images
-out sees the same numbers, whatever its seed, schedule or loss: differences between runs are differences of models.
+The noise is a function of the evaluator's seed, the image and the place in the grid, and of nothing else. So all runs
+that hold out the same images see the same noise, whatever their seed, schedule or loss, and any difference between
+their results is a difference between their models.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from nai_xl.diffusion.denoiser import predict
 from nai_xl.engine.meter import bands
 from nai_xl.errors import UserError
 from nai_xl.evals.painter import Studio
-from nai_xl.interfaces import Schedule
+from nai_xl.interfaces import Direction, Schedule
 from nai_xl.record.items import mean, report
 from nai_xl.rng import generator
 
@@ -38,11 +39,16 @@ Rows = list[tuple[str, int, float, float, float]]
 class ValLoss:
     """Every `every` steps the unweighted squared error of `count` held-out images with the averaged weights.
 
-    The grid is a sampler's of `timesteps` steps, the terminal one included. Reported are val/loss (what the network
-    predicts) and val/x0_loss (the clean latent that follows from it), both means over images and grid; val/loss of each
-    band of timesteps; val/x0_loss_terminal at the last timestep, and the same in raw latents; and
-    val/x0_loss_logsnr_<l> at levels of equal log-SNR, as far as the schedule reaches.
+    The grid is a sampler's of `timesteps` steps, the terminal one included. val/loss is the error of the network's
+    prediction and val/x0_loss that of the clean latent that follows from it, both means over images and grid.
+    val/loss_band_<low>_<high> is val/loss within a band of timesteps. val/x0_loss_terminal is val/x0_loss at the last
+    timestep, val/x0_loss_terminal_raw the same in latents before normalisation. val/x0_loss_logsnr_<l> is val/x0_loss
+    at a log-SNR that is the same in all schedules, where the schedule reaches it.
     """
+
+    better: ClassVar[Mapping[str, Direction]] = {"val/": "lower"}
+    changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 16
@@ -51,17 +57,17 @@ class ValLoss:
     batch: Annotated[int, Field(ge=1)] = 16
 
     def texts(self, items: Sequence[Item]) -> list[str]:
-        """No captions but those of the held-out images."""
+        """None: the captions of held-out images are encoded together with the images."""
         return []
 
     def held_out(self, items: Sequence[Item]) -> list[Item]:
-        """The images it looks at: no image twice. Raises UserError when none is held out."""
+        """The first `count`, no image twice. Raises UserError when none is held out."""
         if not items:
             raise UserError("evals=val_loss needs images that are not trained on; set data.held_out=0.1, or more")
         return list({item_name(item): item for item in items}.values())[: self.count]
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
-        """Measure, write the values of each image, and give their means."""
+        """Measure, write the values of each image, and return their means."""
         if self.timesteps > len(studio.schedule):
             raise UserError(f"evals.val_loss.timesteps={self.timesteps}: the schedule has only {len(studio.schedule)}")
         with studio.ema.swapped_in():

@@ -17,7 +17,9 @@ def save_figure(combinations: Sequence[Combination], path: Path) -> None:
     of_group = {name: [key for key in swept if key.split(".")[0] == name] for name in ("schedule", "loss")}
     colour = of_group["schedule"] or (of_group["loss"] if len(swept) > 1 else [])
     style = [key for key in swept if key not in colour]
-    arms = [method_figure.Arm(c.diagnosis, _values(c, colour), _values(c, style)) for c in combinations if c.diagnosis]
+    arms = [
+        method_figure.Variant(c.diagnosis, _values(c, colour), _values(c, style)) for c in combinations if c.diagnosis
+    ]
     title = headline(combinations[0].choices, swept)
     image = method_figure.method(arms, title, method_figure.Legend(", ".join(colour), ", ".join(style)))
     try:

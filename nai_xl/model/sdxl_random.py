@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from nai_xl.interfaces import declare
 from nai_xl.model.sdxl.components import Components
 from nai_xl.model.sdxl.configs import SDXL_BASE, check_parts, text_config
 from nai_xl.model.sdxl.files import read_json
@@ -16,6 +17,7 @@ from nai_xl.model.sdxl.tokenizers import load_tokenizers
 OPTION = "model.config"
 
 
+@declare(without_effect=("config",))
 def sdxl_random(*, seed: int, config: Path | None = None) -> Components:
     """Every part of an SDXL model with weights drawn from `seed`, float32, on the CPU, in eval mode.
 

@@ -1,8 +1,9 @@
-"""Statistics of paired arms against closed forms, enumeration, scipy, and simulations that know the truth."""
+"""Statistics of paired arms against closed forms, mpmath, scipy's tests, enumeration, and simulated truths."""
 
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from nai_xl.compare import paired
 from nai_xl.compare.paired import Array, Effect, effect, holm, spread
+from nai_xl.compare.verdicts import verdict
 
 # --- Student's t ------------------------------------------------------------------------------------------------------
 
@@ -22,11 +24,20 @@ def test_p_of_one_and_two_degrees_of_freedom_has_a_closed_form(t: float) -> None
     assert paired.two_sided_p(t, 2) == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-9)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.floats(0, 1e3), st.floats(0.3, 1e4))
-def test_p_is_scipys_for_any_degrees_of_freedom(t: float, df: float) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    assert paired.two_sided_p(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-6, abs=1e-300)
+def exact_p(t: float, df: float) -> float:
+    """I_x(df/2, 1/2) at x = df / (df + t^2), to 30 digits: Digital Library of Mathematical Functions, 8.17."""
+    with mpmath.workdps(30):
+        x = mpmath.mpf(df) / (mpmath.mpf(df) + mpmath.mpf(t) ** 2)
+        return float(mpmath.betainc(mpmath.mpf(df) / 2, 0.5, 0, x, regularized=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0, 40), st.floats(0.3, 1e4))
+@example(1e-9, 7.3)
+@example(1e-9, 0.3)
+def test_p_is_the_incomplete_beta_function(t: float, df: float) -> None:
+    assert paired.two_sided_p(t, df) == pytest.approx(exact_p(t, df), rel=1e-9, abs=1e-300)
+    assert paired.two_sided_p(-t, df) == paired.two_sided_p(t, df) and paired.two_sided_p(math.inf, df) == 0
 
 
 @pytest.mark.parametrize(
@@ -34,6 +45,11 @@ def test_p_is_scipys_for_any_degrees_of_freedom(t: float, df: float) -> None:
 )
 def test_critical_values_are_the_printed_ones(df: float, t: float) -> None:
     assert paired.critical_t(df) == pytest.approx(t, rel=1e-6)
+
+
+@given(st.floats(0.3, 1e5), st.floats(1e-6, 0.5))
+def test_a_critical_value_has_its_level(df: float, level: float) -> None:
+    assert paired.two_sided_p(paired.critical_t(df, level), df) == pytest.approx(level, rel=1e-8)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -177,7 +193,7 @@ def test_equal_arms_differ_by_exactly_nothing(shape: tuple[int, int]) -> None:
     table = np.random.default_rng(0).normal(size=shape)
     found = effect(table, table.copy())
     assert (found.difference, found.low, found.high, found.p, found.bootstrap) == (0, 0, 0, 1, (0, 0))
-    assert found.factor is None and paired.verdict("val/loss", found.difference, found.p) == "no difference shown"
+    assert found.factor is None and verdict("val/loss", found.difference, found.p) == "no difference shown"
     assert all(value is None or math.isfinite(value) for value in (found.df, found.unpaired))
 
 
@@ -191,7 +207,7 @@ def test_a_difference_without_any_spread_is_certain(shape: tuple[int, int], shif
 def test_a_single_run_on_each_side_has_no_interval() -> None:
     found = effect(np.array([[1.0]]), np.array([[3.0]]))
     assert found == Effect(-2.0, *6 * [None], None, 1, 1) and found.factor is None
-    assert paired.verdict("val/loss", found.difference, found.p) == "one seed only"
+    assert verdict("val/loss", found.difference, found.p) == "one seed only"
 
 
 TABLE = st.tuples(st.integers(2, 5), st.integers(1, 6)).flatmap(
@@ -236,21 +252,7 @@ def test_holm_is_the_closure_of_bonferroni(p: list[float]) -> None:
         assert adjusted == pytest.approx(max(min(1.0, len(c) * min(p[k] for k in c)) for c in parts))
 
 
-# --- verdicts and targets ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("metric", "difference", "p", "word"),
-    [
-        ("val/loss", -1, 0.01, "better"), ("val/loss", -1, 0.05, "no difference shown"),
-        ("val/loss_band_0_250", 1, 0.01, "worse"),
-        ("color/luminance_range", 1, 0.01, "better"), ("color/error_black", 1, 0.01, "worse"),
-        ("coherence/right", -1, 0.01, "worse"), ("mine/thing", 1, 0.01, "higher"), ("mine/thing", -1, 0.01, "lower"),
-        ("color/luminance", -1, 0.01, "lower"), ("val/loss", 0, 0.0, "no difference shown"),
-    ],
-)  # fmt: skip
-def test_verdicts(metric: str, difference: float, p: float, word: str) -> None:
-    assert paired.verdict(metric, difference, p) == word
+# --- targets ------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_step_at_the_target() -> None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from nai_xl.config.spec import Spec
 from nai_xl.diffusion import loss, timesteps
 from nai_xl.diffusion.diagnosis import PURE_NOISE, diagnose, sentences
 from nai_xl.diffusion.loss import LearnedWeighting
@@ -27,7 +28,7 @@ from nai_xl.inspect.combinations import inspect
 from nai_xl.inspect.remarks import described
 from nai_xl.inspect.table import numbers
 from nai_xl.interfaces import NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
-from nai_xl.train import Job
+from nai_xl.train import train
 
 Array = NDArray[np.float64]
 
@@ -218,6 +219,13 @@ def test_nothing_but_refusals_is_a_mistake(told: Callable[..., str], tmp_path: P
         ("+loss.gama=3", "no parameter 'gama' in min_snr; did you mean 'gamma'?"),
         ("loss.gamma=interval(1,5)", "list some: loss.gamma=a,b"),
         ("native.resolution=abc schedule=shifted", "native.resolution=abc: input should be a valid integer"),
+        ("loss.gamma=0", "refused: loss.gamma=0.0: must be positive and finite"),
+        ("loss=uncertainty loss.features=0", "refused: loss.features=0: must be at least 1"),
+        ("error=huber error.delta=-1", "refused: error.delta=-1.0: must be positive and finite"),
+        ("timesteps=logit_normal timesteps.std=0", "refused: timesteps.std=0.0: must be above 0"),
+        ("timesteps=inference_grid timesteps.steps=1001", "refused: timesteps.steps=1001: the schedule has only 1000"),
+        ("schedule.base.beta_start=0.5", "refused: schedule.base.beta_start=0.5 and beta_end=0.012: needs 0 <"),
+        ("schedule=high_sigma schedule@schedule.base=ztsnr", "refused: schedule.sigma_max=29.0: must be finite"),
         ("--figure /proc/none.png", "give another place"),
         ("--figure none.xyz", "give another place"),
     ],
@@ -320,8 +328,8 @@ def test_points_of_a_grid_are_named_by_the_overrides_that_select_them(meant: lis
 def test_a_run_says_the_sentences_and_keeps_the_figure(
     small: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = Job(small("run.max_images=2", "evals.sample_grid.every=100"), {"schedule": "ztsnr", "loss": "minsnr"})
-    job.run()
+    cfg = small("run.max_images=2", "evals.sample_grid.every=100")
+    home = train(cfg, {"schedule": "ztsnr", "loss": "minsnr"})
     out = " ".join(capsys.readouterr().out.split())
-    assert all(line in out for line in sentences(job.objective)) and "t >= 800 holds 0.36 %" in out
-    assert Image.open(job.home.path / "method" / "step_00000000.png").width > 1000
+    assert all(line in out for line in Spec.of(cfg).task.remarks()) and "t >= 800 holds 0.36 %" in out
+    assert Image.open(home / "method" / "step_00000000.png").width > 1000

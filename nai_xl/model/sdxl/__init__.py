@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nai_xl.interfaces import declare
 from nai_xl.model.quiet import quietly
 from nai_xl.model.sdxl.components import Components
 from nai_xl.model.sdxl.configs import SDXL_BASE
@@ -17,6 +18,7 @@ from nai_xl.model.sdxl.single_file import check_single_file, load_single_file
 from nai_xl.model.sdxl.tokenizers import load_tokenizers
 
 
+@declare(without_effect=("config",))
 def load_sdxl(path: Path, *, config: Path | None = None) -> Components:
     """Read an SDXL model as float32, on the CPU, in eval mode.
 

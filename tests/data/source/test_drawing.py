@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nai_xl.data.bucketing import AspectBuckets, SquareBucket
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import open_rgb
 from nai_xl.data.source import drawing as shapes
 from nai_xl.data.source.drawing import EVERYTHING, PALETTE, Picture, Scene, picture, read
 from nai_xl.data.source.shapes import ShapesSource
 from nai_xl.data.source.stored_png import stored_png
 from nai_xl.errors import UserError
-from nai_xl.model.vae import on_canvas
 from nai_xl.rng import draws
 
 measure = pytest.importorskip("skimage.measure", reason="the independent count of bodies")

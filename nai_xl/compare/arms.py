@@ -1,0 +1,114 @@
+"""The arms of a sweep: its runs grouped by their choices, which arm is the baseline, and what can be compared."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nai_xl.compare.runs.run import Run
+from nai_xl.errors import UserError
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """All runs of one arm, that is, of one combination of choices."""
+
+    label: str
+    choices: Mapping[str, str]
+    runs: Mapping[int, Run]  # seed -> a run that did not fail
+    failed: Sequence[Run] = ()
+
+    @property
+    def first(self) -> Run | None:
+        """One of the runs, to read what all of them share; None without any."""
+        return next(iter([*self.runs.values(), *self.failed]), None)
+
+
+def group(runs: Sequence[Run]) -> tuple[list[ArmRuns], list[str]]:
+    """Arms in the natural order of their labels, and notes on the runs that are left out.
+
+    Of several runs with one arm and seed, the last counts.
+    """
+    by_arm: dict[str, dict[int, Run]] = {}
+    notes = []
+    for run in runs:
+        seeds = by_arm.setdefault(run.label, {})
+        if (before := seeds.get(run.seed)) is not None:
+            notes.append(f"{run.label} has seed {run.seed} twice: {run.name} counts, {before.name} is left out")
+        seeds[run.seed] = run
+    arms = []
+    for label in sorted(by_arm, key=_natural):
+        seeds = dict(sorted(by_arm[label].items()))
+        whole = {seed: run for seed, run in seeds.items() if not run.failed}
+        failed = [run for run in seeds.values() if run.failed]
+        arms.append(ArmRuns(label, next(iter(seeds.values())).arm, whole, failed))
+    return arms, notes
+
+
+def _natural(label: str) -> list[tuple[bool, float, str]]:
+    """A sort key that puts gamma=5 before gamma=20."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", label)
+    return [(not i % 2, float(part) if i % 2 else 0.0, part) for i, part in enumerate(parts)]
+
+
+def find_baseline(arms: Sequence[ArmRuns], named: str) -> ArmRuns:
+    """The arm that 'key=value,key=value' names, with all of its keys or with enough of them to tell it from the others.
+
+    Without a name, the first arm. Raises UserError when none or several have that name.
+    """
+    if not named:
+        return arms[0]
+    wanted = {part.strip() for part in re.split(r",(?![^\[]*\])", named)}
+    found = [arm for arm in arms if wanted <= {f"{key}={value}" for key, value in arm.choices.items()}]
+    found = found or [arm for arm in arms if named == arm.label]
+    if len(found) != 1:
+        known = "; ".join(arm.label.replace(", ", ",") for arm in arms)
+        what = "no arm" if not found else f"{len(found)} arms"
+        raise UserError(f"baseline={named} is {what} of this sweep; there is {known}")
+    return found[0]
+
+
+def choose_metrics(arms: Sequence[ArmRuns], named: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The metrics to compare, and those of `named` that no run has.
+
+    Without names, all that evaluators measured are compared, except the parts of another metric, such as
+    val/loss_band_0_250 of val/loss. If nothing was evaluated, it is the training loss. Raises UserError when there is
+    no metric at all.
+    """
+    known = dict.fromkeys(name for arm in arms for run in arm.runs.values() for name in run.curves)
+    if named:
+        chosen = [name for name in named if name in known]
+    else:
+        whole = [name for name in known if not name.startswith(("train/", "perf/"))]
+        chosen = [name for name in whole if not any(name.startswith(f"{other}_") for other in whole)]
+        chosen = chosen or [name for name in ("train/loss",) if name in known]
+    if not chosen:
+        errors = dict.fromkeys(f"{arm.label}: {run.error}" for arm in arms for run in arm.failed)
+        why = f"there is {', '.join(known)}" if known else "no run that did not fail has any number"
+        raise UserError("\n".join([f"nothing to compare: {why}; set metrics=a,b", *errors]))
+    return chosen, [name for name in named if name not in known]
+
+
+def short_names(arms: Sequence[ArmRuns]) -> dict[str, str]:
+    """Each arm's label -> as few words as tell it from the others: 'ztsnr + minsnr', 'gamma=5'."""
+    keys = dict.fromkeys(key for arm in arms for key in arm.choices)
+    varied = [key for key in keys if len({arm.choices.get(key) for arm in arms}) > 1]
+    short = {arm.label: _in_short({key: arm.choices[key] for key in varied if key in arm.choices}) for arm in arms}
+    return short if len({*short.values()} - {""}) == len(short) else {label: label for label in short}
+
+
+def _in_short(choices: Mapping[str, str]) -> str:
+    """A value alone if it is clear by itself, as a group's option is; others with the last part of their key.
+
+    Keys with the same last part, such as native.resolution and schedule.resolution, are written in full.
+    """
+    ends = Counter(key.rpartition(".")[2] for key in choices)
+
+    def in_short(key: str, value: str) -> str:
+        end = key.rpartition(".")[2]
+        bare = value in ("true", "false", "null", "none", "[]") or re.fullmatch(r"[-+.\deE]+", value)
+        return f"{end if ends[end] == 1 else key}={value}" if bare or "." in key else value
+
+    return " + ".join(in_short(key, value) for key, value in choices.items())

@@ -1,0 +1,64 @@
+"""The sweep of losses.py, compared in the ways that a user compares it."""
+
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from nai_xl.compare.__main__ import main
+from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.runs.directory import read_directory
+from tests.compare.losses import ASKED, BAD, BASE, EFFECTS, GOOD, LOST, METRICS, QUESTION, SAME, Command, sheet
+from tests.synthetic import write_run
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over losses: one better, one an A/A arm, one worse that lacks seed 2, one that failed altogether."""
+    folder = tmp_path_factory.mktemp("sweep") / "outputs"
+    for shade, arm in enumerate((BASE, GOOD, SAME, BAD, LOST)):
+        for seed in range(3):
+            if (arm, seed) == (BAD, 2):
+                continue
+            write_run(
+                folder, arm, seed, sweep="losses", effect=EFFECTS[arm["loss"]], overrides=[f"loss={arm['loss']}"],
+                status="FAILED" if arm is LOST else "FINISHED", error="loss is not finite" if arm is LOST else None,
+                steps=[] if arm is LOST else range(100, 801, 100), sheet=sheet(40 * shade), question=ASKED,
+            )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def told(outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command beside the sweep; what it printed."""
+    monkeypatch.chdir(outputs.parent)
+
+    def run(*arguments: str, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        if status:
+            with pytest.raises(SystemExit) as stopped:
+                main()
+            assert stopped.value.code == status
+            return capsys.readouterr().err
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def found(outputs: Path) -> Comparison:
+    runs = [read_directory(path, {}, "losses") for path in sorted(outputs.glob("*-[012]"))]
+    return compare(runs, Question("losses", QUESTION, "loss=uniform", METRICS))
+
+
+@pytest.fixture(scope="session")
+def report(outputs: Path) -> tuple[str, Path]:
+    """What the command prints about the sweep, and where its report lies."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.chdir(outputs.parent)
+        patch.setattr(sys, "argv", ["compare", "sweep=losses"])
+        main()
+    return printed.getvalue(), outputs / "compare-losses"

@@ -1,0 +1,172 @@
+"""What is compared with what, what is left out and said."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from nai_xl.compare.arms import group
+from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.rows import Row
+from nai_xl.compare.runs.directory import read_directory
+from nai_xl.compare.runs.run import Run
+from nai_xl.compare.wording import answer, markdown, remarks
+from tests.compare.losses import BAD, GOOD, LOST, METRICS, SAME
+from tests.synthetic import write_run
+
+
+def row(found: Comparison, metric: str, arm: dict[str, str]) -> Row:
+    return next(row for row in found.of(metric) if row.arm == f"loss={arm['loss']}")
+
+
+def test_the_verdicts_are_those_that_were_built_in(found: Comparison) -> None:
+    table = {arm["loss"]: [row(found, metric, arm).verdict for metric in METRICS] for arm in (GOOD, SAME, BAD, LOST)}
+    assert table == {
+        "minsnr": ["better", "no difference shown"],
+        "edm": ["no difference shown", "no difference shown"],
+        "p2": ["worse", "better"],
+        "debiased": ["failed", "failed"],
+    }
+    effect = row(found, "val/loss", GOOD).effect
+    assert effect is not None and effect.low is not None and effect.high is not None
+    assert effect.low < -0.05 < effect.high and (effect.seeds, effect.items) == (3, 24)
+    assert effect.factor is not None and effect.factor > 3
+
+
+def test_an_aa_arm_differs_by_exactly_nothing(found: Comparison) -> None:
+    for metric in METRICS:
+        effect = row(found, metric, SAME).effect
+        assert effect is not None and (effect.difference, effect.low, effect.high, effect.p) == (0, 0, 0, 1)
+    assert "edm (identical)" in answer(found, "val/loss")
+
+
+def test_a_missing_seed_and_failures_are_said(found: Comparison) -> None:
+    worse = row(found, "val/loss", BAD)
+    assert worse.seeds == [0, 1] and worse.effect is not None and worse.effect.seeds == 2
+    said = remarks(found)
+    assert "p2: seed 2 only in the baseline: left out" in said
+    assert sum("debiased: failed with seed" in line and "loss is not finite" in line for line in said) == 3
+    assert "There is no result of debiased, which failed." in answer(found, "color/error")
+
+
+def test_sentences_say_who_by_how_much_and_what_is_possible(found: Comparison) -> None:
+    said = answer(found, "val/loss")
+    assert re.match(r"minsnr \(.1\d %\) is better than uniform; p2 \(\+1\d %\) is worse\. No difference", said)
+    assert "worse" not in answer(found, "color/error")
+
+
+def curve_run(arm: str, seed: int, values: dict[int, float], **more: object) -> Run:
+    return Run(f"{arm}-{seed}", {"loss": arm}, seed, curves={"val/loss": values}, **more)  # type: ignore[arg-type]
+
+
+def test_the_last_common_step_is_compared_and_told() -> None:
+    runs = [curve_run("a", s, {100: 5.0 + s, 200: 4.0 + s, 300: 1.0}) for s in range(3)]
+    runs += [curve_run("b", s, {100: 4.0 + s, 200: 2.0 + s}, status="RUNNING") for s in range(3)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    (one,) = found.rows
+    assert one.step == 200 and one.effect is not None and one.effect.difference == -2.0 and one.verdict == "better"
+    assert "b: compared at step 200, the last in common; one side goes on to 300" in remarks(found)
+    assert "b: still running" in remarks(found)
+
+
+def test_what_is_not_finite_is_left_out_and_said() -> None:
+    runs = [curve_run("a", s, {100: 1.0 + s}) for s in range(3)]
+    runs += [curve_run("b", s, {100: math.nan if s == 1 else 2.0 + s}) for s in range(3)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    assert found.rows[0].seeds == [0, 2] and "not finite with seed 1" in remarks(found)[0]
+
+
+def test_without_a_common_seed_there_is_no_pair() -> None:
+    runs = [curve_run("a", 0, {100: 1.0}), curve_run("b", 1, {100: 2.0})]
+    assert compare(runs, Question("x", baseline="loss=a")).rows[0].verdict == "no pairs"
+
+
+def test_a_failed_baseline_is_said_with_its_error() -> None:
+    runs = [curve_run("a", 0, {}, status="FAILED", error="out of memory"), curve_run("b", 0, {100: 2.0})]
+    row = compare(runs, Question("x", baseline="loss=a")).rows[0]
+    assert row.verdict == "no pairs" and "the baseline failed with seed 0: out of memory" in row.notes
+
+
+def test_one_seed_is_not_judged_even_with_items(outputs: Path) -> None:
+    runs = [read_directory(outputs / f"{name}-0", {}, "losses") for name in ("uniform", "minsnr")]
+    (one,) = compare(runs, Question("x", baseline="loss=uniform", metrics=["val/loss"])).rows
+    assert one.verdict == "one seed only" and one.p_holm is None
+    assert one.effect is not None and one.effect.items == 24 and one.effect.low is not None
+
+
+def test_items_count_only_where_the_metric_is_their_mean(tmp_path: Path) -> None:
+    for name in ("uniform", "minsnr"):
+        for seed in range(2):
+            path = write_run(tmp_path, {"loss": name}, seed, effect={"val/loss": 0.01})
+            if (name, seed) == ("minsnr", 1):
+                rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+                text = "".join(json.dumps({**r, "val/loss": r["val/loss"] * 1.1}) + "\n" for r in rows)
+                (path / "metrics.jsonl").write_text(text)
+    runs = [read_directory(path, {}) for path in sorted(tmp_path.iterdir())]
+    (one,) = compare(runs, Question("x", baseline="loss=uniform", metrics=["val/loss"])).rows
+    assert one.effect is not None and (one.effect.seeds, one.effect.items) == (2, 1)
+
+
+def test_holm_counts_all_arms_and_metrics(found: Comparison) -> None:
+    tested = [row for row in found.rows if row.p_holm is not None and row.effect is not None]
+    assert len(tested) == 6  # three arms that did not fail, two metrics
+    smallest = min(tested, key=lambda row: row.effect.p or 0)  # type: ignore[union-attr]
+    assert smallest.effect is not None and smallest.effect.p is not None
+    assert smallest.p_holm == pytest.approx(6 * smallest.effect.p)
+
+
+def test_images_to_the_baselines_last_loss() -> None:
+    runs = [curve_run("a", s, {100: 5.0, 200: 3.0, 300: 2.0 + s}, images=3000, steps=300) for s in (0, 1)]
+    runs += [curve_run("b", s, {100: 3.0, 200: 1.0, 300: 0.5}, images=3000, steps=300) for s in (0, 1)]
+    runs += [curve_run("c", s, {100: 9.0, 200: 9.0, 300: 9.0 * s - 8}, images=3000, steps=300) for s in (0, 1)]
+    runs += [curve_run("d", s, {100: 9.0, 200: 9.0, 300: 9.0 - 9 * s}, images=3000, steps=300) for s in (0, 1)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    targets = {target.arm: target for target in found.targets}
+    assert targets["loss=b"].images == {0: 2000, 1: 1000} and targets["loss=b"].baseline_images == {0: 3000, 1: 2000}
+    assert targets["loss=b"].ratio is not None and targets["loss=b"].ratio[0] == pytest.approx((2 / 3 * 1 / 2) ** 0.5)
+    assert targets["loss=c"].ratio is not None and targets["loss=d"].ratio is None
+    assert targets["loss=d"].images == {0: None, 1: 3000}
+
+
+def test_parts_of_a_metric_are_compared_only_when_named() -> None:
+    values = {100: 1.0}
+    curves = dict.fromkeys(["train/loss", "perf/mfu", "val/loss", "val/loss_band_0_250", "color/error"], values)
+    runs = [Run(f"{arm}{s}", {"loss": arm}, s, curves=curves) for arm in "ab" for s in (0, 1)]
+    assert compare(runs, Question("x")).metrics == ["val/loss", "color/error"]
+    assert compare(runs, Question("x", metrics=["val/loss_band_0_250"])).metrics == ["val/loss_band_0_250"]
+
+
+def test_the_same_arm_and_seed_twice_counts_once_and_is_said() -> None:
+    runs = [curve_run("a", 0, {1: 1.0}), Run("again", {"loss": "a"}, 0), curve_run("b", 0, {1: 1.0})]
+    arms, notes = group(runs)
+    assert arms[0].runs[0].name == "again" and notes == ["loss=a has seed 0 twice: again counts, a-0 is left out"]
+
+
+def test_arms_stand_in_natural_order_under_short_names() -> None:
+    def names(*arms: dict[str, str]) -> list[str]:
+        runs = [Run(str(i), arm, 0, curves={"val/loss": {1: 1.0}}) for i, arm in enumerate(arms)]
+        return list(compare(runs, Question("x")).names.values())
+
+    assert names({"loss.gamma": "20"}, {"loss.gamma": "5"}) == ["gamma=5", "gamma=20"]
+    assert names({"a": "x"}, {"a": "y", "g": "5"}, {"a": "y", "g": "20"}) == ["x", "y + g=5", "y + g=20"]
+    assert names({"a.n": "1", "b.n": "5"}, {"a.n": "2", "b.n": "6"}) == ["a.n=1 + b.n=5", "a.n=2 + b.n=6"]
+    assert names({"a": "x", "b": "on"}, {"a": "y", "b": "on"}) == ["x", "y"]
+    assert names({"a": "x", "ema": "none"}, {"a": "y", "ema": "standard"}) == ["x + ema=none", "y + standard"]
+
+
+def test_markdown_is_a_table_of_every_row(found: Comparison) -> None:
+    assert markdown(found).count("\n| ") == 1 + len(found.rows)
+
+
+def test_an_arm_that_has_not_begun_is_no_obstacle(outputs: Path, tmp_path: Path) -> None:
+    """arm.json is written before config.yaml and metrics.jsonl."""
+    (tmp_path / "new").mkdir()
+    note = {"sweep": "losses", "arm": {"loss": "soft"}, "seed": 0, "status": "RUNNING", "error": None}
+    (tmp_path / "new" / "arm.json").write_text(json.dumps(note))
+    paths = [outputs / "uniform-0", outputs / "minsnr-0", tmp_path / "new"]
+    found = compare([read_directory(path, {}, "losses") for path in paths], Question("x", baseline="loss=uniform"))
+    assert {row.verdict for row in found.rows if row.arm == "loss=soft"} == {"not measured"}
+    assert OmegaConf.load(outputs / "uniform-0" / "config.yaml").sweep.name == "losses"

@@ -1,0 +1,125 @@
+"""Which direction is better, as the evaluators declare it."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from nai_xl import config
+from nai_xl.compare.comparison import Question, compare
+from nai_xl.compare.runs.run import Run
+from nai_xl.compare.verdicts import Directions, better_direction, declared, verdict
+from nai_xl.errors import UserError
+from nai_xl.interfaces import Evaluator
+from tests.compare.losses import Command
+from tests.synthetic import write_run
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "p", "word"),
+    [
+        ("val/loss", -1, 0.01, "better"), ("val/loss", -1, 0.05, "no difference shown"),
+        ("val/loss_band_0_250", 1, 0.01, "worse"),
+        ("color/luminance_range", 1, 0.01, "better"), ("color/error_black", 1, 0.01, "worse"),
+        ("coherence/right", -1, 0.01, "worse"), ("mine/thing", 1, 0.01, "higher"), ("mine/thing", -1, 0.01, "lower"),
+        ("color/luminance", -1, 0.01, "lower"), ("val/loss", 0, 0.0, "no difference shown"),
+    ],
+)  # fmt: skip
+def test_verdicts(metric: str, difference: float, p: float, word: str) -> None:
+    assert verdict(metric, difference, p) == word
+
+
+def test_the_projects_own_metrics_have_these_directions() -> None:
+    """A change here turns verdicts of finished comparisons round."""
+    lower = (
+        "val/loss val/x0_loss_terminal_raw train/loss train/loss_band_0_250 color/error color/error_black_2x "
+        "color/luminance_min coherence/count_error coherence/cut coherence/too_many_2x quality/fid quality/kid "
+        "perf/data_wait perf/peak_memory_gib"
+    ).split()
+    higher = (
+        "color/luminance_max color/luminance_range_2x coherence/right quality/clip perf/images_per_second perf/tflops "
+        "perf/mfu"
+    ).split()
+    neither = ["color/luminance", "train/lr", "train/grad_norm", "mine/thing", "valid"]
+    assert {better_direction(metric) for metric in lower} == {"lower"}
+    assert {better_direction(metric) for metric in higher} == {"higher"}
+    assert {better_direction(metric) for metric in neither} == {None}
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (config.conf_dir() / "evals").glob("*.yaml")))
+def test_every_evaluator_keeps_the_whole_contract(option: str) -> None:
+    """So that verdicts know it, and a run is not another one for being looked at."""
+    node = OmegaConf.load(config.conf_dir() / "evals" / f"{option}.yaml")
+    kind: type[Evaluator] = config.locate(node[option]["_target_"])  # type: ignore[assignment, index]
+    assert set(kind.better.values()) <= {"lower", "higher"} and kind.changes_weights is False
+    assert all(callable(member) for member in (kind.texts, kind.held_out, kind.run))
+
+
+def test_the_longest_beginning_counts() -> None:
+    directions: Directions = {"mine/": "lower", "mine/hits": "higher"}
+    assert [better_direction(name, directions) for name in ("mine/misses", "mine/hits_2x", "val/loss")] == [
+        "lower", "higher", None,
+    ]  # fmt: skip
+    assert verdict("mine/hits", 1, 0.01, directions) == "better" and verdict("mine/x", 1, 0.01, directions) == "worse"
+
+
+PLUGIN = """
+    class Sharpness:
+        better = {"sharp/": "higher", "sharp/halo": "lower"}
+
+    class Older:
+        pass
+
+    class Wrong:
+        better = {"sharp/": "up"}
+
+    def made(every): ...
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an installed module with evaluators."""
+    (tmp_path / "sharpness_plugin.py").write_text(textwrap.dedent(PLUGIN))
+    monkeypatch.syspath_prepend(tmp_path)
+    return "sharpness_plugin"
+
+
+def chosen(target: str, *plugins: str) -> DictConfig:
+    return OmegaConf.create({"plugins": list(plugins), "evals": {"mine": {"_target_": target, "every": 1}}})
+
+
+def test_a_plug_in_declares_its_own_directions(plugin: str) -> None:
+    directions = declared([OmegaConf.create(), chosen(f"{plugin}.Sharpness", plugin)])
+    assert better_direction("sharp/edges", directions) == "higher"
+    assert better_direction("sharp/halo", directions) == "lower"
+    assert better_direction("val/loss", directions) == "lower" and better_direction("sharp/edges") is None
+    runs = [
+        Run(f"{arm}-{seed}", {"loss": arm}, seed, curves={"sharp/edges": {1: seed + shift}})
+        for arm, shift in (("a", 0.0), ("b", 1.0))
+        for seed in range(2)
+    ]
+    assert compare(runs, Question("x", baseline="loss=a"), directions).rows[0].verdict == "better"
+    assert compare(runs, Question("x", baseline="loss=a")).rows[0].verdict == "higher"
+
+
+def test_an_evaluator_that_is_not_here_or_declares_nothing_is_no_obstacle(plugin: str) -> None:
+    targets = ["gone_plugin.Thing", f"{plugin}.Older", f"{plugin}.made", f"{plugin}.Missing"]
+    configs = [chosen(target, "gone_plugin", plugin) for target in targets]
+    assert declared([*configs, chosen(f"{plugin}.Sharpness"), chosen("")]) == declared([])  # not among `plugins`
+
+
+def test_a_direction_that_is_none_is_told(plugin: str) -> None:
+    with pytest.raises(UserError, match=r"sharpness_plugin\.Wrong\.better\['sharp/'\] is 'up'; it must be 'lower' or"):
+        declared([chosen(f"{plugin}.Wrong", plugin)])
+
+
+def test_the_command_asks_the_plug_ins_of_the_runs(told: Command, tmp_path: Path, plugin: str) -> None:
+    for loss, shift in (("uniform", 0.0), ("minsnr", 0.1)):
+        for seed in range(2):
+            path = write_run(tmp_path, {"loss": loss}, seed, effect={"sharp/edges": shift}, sweep="sharp")
+            cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), chosen(f"{plugin}.Sharpness", plugin))
+            OmegaConf.save(cfg, path / "config.yaml")
+    out = told("sweep=sharp", f"output_dir={tmp_path}", "baseline=loss=uniform")
+    assert "better" in next(line for line in out.splitlines() if line.strip().startswith("minsnr"))
