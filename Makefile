@@ -1,11 +1,12 @@
-# make train   set up, then train the embedded default    make test   the whole test suite
-# make lint    ruff and mypy                               make ui     MLflow's pages for the runs made here
+# make train   set up, then train the embedded default    make test   lint, types and the whole test suite
+# make lint    ruff and mypy alone                         make docs   write the tables of options from conf/
+# make ui      MLflow's pages for the runs made here
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint ui setup
+.PHONY: train test lint docs ui setup
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -16,13 +17,16 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	$(BIN)/python -m nai_xl.train schedule=ztsnr loss=minsnr
 
-test: $(READY)
+test: lint
 	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m nai_xl.docs
 
 ui: $(READY)
 	$(BIN)/mlflow ui

@@ -12,11 +12,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import accelerate
 import diffusers
@@ -25,17 +24,17 @@ import transformers
 from torch import Tensor, nn
 
 from nai_xl import config
-from nai_xl import train as entry
+from nai_xl.config.spec import Spec
 from nai_xl.data.cache import DiskCache, content_key
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef
-from nai_xl.engine.console import Screen
-from nai_xl.engine.loop import RunSettings, Stop, Training
-from nai_xl.evals import method_figure
+from nai_xl.engine.loop import RunSettings, Training
+from nai_xl.engine.meter import Meter
+from nai_xl.engine.precompile import precompile
+from nai_xl.engine.prefetch import on_device
 from nai_xl.interfaces import Batch, Bucket, Cache, Placement
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl import Components
-from nai_xl.tracker.jsonl import NoTracker
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -187,20 +186,23 @@ class Watched:
         return Watched(found, f"{self._name}.{attribute}", self._around)
 
 
-WATCHED = ("accelerator", "unet", "update", "lr", "objective", "ema", "batches", "meter")
+def watched(parts: Training, around: Callable[[str], AbstractContextManager[Any]]) -> Training:
+    """The same training, in which every collaborator of the loop is called inside around("COLLABORATOR.method")."""
+    names = ("strategy", "module", "update", "lr", "ema", "meter")
+    state = replace(parts.state, **{name: Watched(getattr(parts.state, name), name, around) for name in names})
+    loss: Any = Watched(parts.loss, "loss", around)
+    return replace(parts, state=state, loss=loss, batches=Watched(parts.batches, "batches", around))
 
 
-@contextmanager
-def watched(parts: Training, around: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Inside the block every collaborator of the loop is called inside around("COLLABORATOR.method")."""
-    before = {name: getattr(parts, name) for name in WATCHED}
-    for name, inner in before.items():
-        setattr(parts, name, Watched(inner, name, around))
-    try:
-        yield
-    finally:
-        for name, inner in before.items():
-            setattr(parts, name, inner)
+class Unread(Meter):
+    """A meter that collects and does not report: reading brings values to the host, which tensors without any lack."""
+
+    def __init__(self) -> None:
+        super().__init__(1000, gather=lambda rows: rows)
+
+    def read(self, *, lr: float, clear: bool = True) -> dict[str, float]:
+        self.clear()
+        return {}
 
 
 class Clock:
@@ -225,25 +227,6 @@ class Clock:
 # --- our loop ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class NoCheckpoints:
-    """Checkpoints off: the loop saves at the end of every window, which no run would."""
-
-    def save(self, step: int) -> None:
-        pass
-
-
-class _Caught(BaseException):
-    """Leaves a run at the door of its loop, with what it was about to train with."""
-
-
-class _Job(entry.Job):
-    """A run without its announcement, which reads values that tensors without storage lack."""
-
-    def _say_plan(self, *_: Any) -> None:
-        pass
-
-
 def training(
     overrides: Sequence[str],
     unet: nn.Module,
@@ -255,39 +238,30 @@ def training(
     """What `python -m nai_xl.train` with these overrides gives its loop, for this network and these cached samples.
 
     The run's own code assembles it, so what is measured is what users get. Checkpoints, evaluation and the tracker are
-    off. `folder` is for what a run writes; `storage` is a mode of tensors to assemble it in, without
-    a loader.
+    off. `folder` is for what a run writes; `storage` is a mode of tensors to assemble it in, without a loader and
+    without reports.
     """
     quiet_libraries()
     cfg = config.compose([f"output_dir={folder}", "evals=[]", *overrides])
     config.check(cfg)
-    job = _Job(cfg, {})
-    job._begin()
-    job.screen = Screen(silent=True)
-    caught: list[Training] = []
-
-    def door(settings: RunSettings, parts: Training, **_: Any) -> int:
-        caught.append(parts)
-        raise _Caught
-
-    components: Any = Components(unet, None, (None, None), (None, None))
-    checkpoints = job.build(cfg.checkpoint, dir=folder / "checkpoints", keep=1)
-    # tensors without values cannot draw the seed that every loader begins with
-    loader = mock.patch.object(entry, "batches", return_value=()) if storage else nullcontext()
-    with (
-        mock.patch.object(entry, "train", door),
-        mock.patch.object(method_figure, "method"),  # the picture of the method reads values, and is not training
-        mock.patch.object(entry, "diagnose"),
-        suppress(_Caught),
-        loader,
-        storage or nullcontext(),
-    ):
-        job._train(components, data, checkpoints, NoTracker(), Stop(), 10**9)
-    parts = caught[0]
-    parts.checkpoints = NoCheckpoints()  # type: ignore[assignment]
-    parts.evaluate = lambda step, last: {}
-    parts.on_report = lambda step, values: None
-    return job.settings, parts
+    spec = Spec.of(cfg)
+    strategy = spec.start()
+    task: Any = spec.task
+    components: Any = Components(unet, None, (None, None), (None, None))  # type: ignore[arg-type]
+    samples = task.samples(data)
+    with storage or nullcontext():
+        trainable = spec.adapter(task.load(lambda: components))
+        for action in spec.memory:
+            action.apply(trainable.module)
+        state = spec.assemble(trainable, strategy, samples, 10**9)
+        if spec.compiles:
+            first = next(iter(trainable.parameters.values()))
+            shapes = samples.one_of_each_shape(spec.run.batch_size)
+            precompile(task.loss, state.module, first, strategy, shapes)
+    if storage:  # tensors without values cannot draw the seed that every loader begins with
+        return spec.run, Training(replace(state, meter=Unread()), task.loss, iter(()))
+    read = samples.batches(spec.run, strategy, start=0)
+    return spec.run, Training(state, task.loss, on_device(read, strategy.device))
 
 
 @dataclass(frozen=True)
@@ -391,9 +365,9 @@ class Bare:
             with around("batches"):
                 batch = next(batches)
             batch = batch.to(self.device)
-            with around("objective"):
+            with around("loss"):
                 loss = self.loss(batch, around)
-            with around("accelerator.backward"):
+            with around("strategy.backward"):
                 loss.backward()
             with around("update"):
                 norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -409,7 +383,7 @@ class Bare:
         noisy = a * batch.latents + s * batch.noise
         condition = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
         with (
-            around("unet"),
+            around("module"),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
         ):
             prediction = self.unet(noisy, t, batch.context, added_cond_kwargs=condition, return_dict=False)[0]

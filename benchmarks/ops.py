@@ -17,12 +17,26 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from common import RESULTS, Bare, Row, command, random_batch, random_data, shapes, table, training, watched, write
+from common import (
+    RESULTS,
+    Bare,
+    Row,
+    Unread,
+    command,
+    random_batch,
+    random_data,
+    shapes,
+    table,
+    training,
+    watched,
+    write,
+)
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -36,7 +50,7 @@ from nai_xl.model.sdxl_random import random_unet
 from nai_xl.model.tiny import tiny_sdxl
 
 PARTS = ("forward", "backward", "update", "rest")
-NAMES = {"unet": "forward", "accelerator.backward": "backward", "update": "update", "batches": "data"}
+NAMES = {"module": "forward", "strategy.backward": "backward", "update": "update", "batches": "data"}
 WAITS = frozenset(
     "_local_scalar_dense equal nonzero masked_select _unique2 unique_dim unique_consecutive is_nonzero item".split()
 )
@@ -130,13 +144,13 @@ def our_steps(size: str, resolution: int, batch: int, overrides: Sequence[str], 
         shape = shapes(unet, resolution)
         data = random_data(shape, batch, MemoryCache())
         settings, parts = training(overrides, unet, data, Path(folder), storage=storage)
-        parts.meter.read = lambda **_: {}  # the report at the end of what is run here
+        parts = replace(parts, state=replace(parts.state, meter=Unread()))  # no report at the end of what is run here
         with storage, count:
-            parts.batches = itertools.repeat(random_batch(shape, batch, parts.accelerator.device))
+            parts.batches = itertools.repeat(random_batch(shape, batch, parts.state.strategy.device))
             train(settings, parts, start=0, steps=2, stop=Stop())
             count.clear()
-            with watched(parts, count.around), HostReads(count):
-                train(settings, parts, start=2, steps=2 + steps, stop=Stop())
+            with HostReads(count):
+                train(settings, watched(parts, count.around), start=2, steps=2 + steps, stop=Stop())
     return count
 
 
@@ -190,7 +204,7 @@ def graphs(overrides: Sequence[str], buckets: Sequence[Bucket]) -> Row:
         shape = shapes(unet, NATIVE["tiny"])
         overrides = [*overrides, "ema=none", "run.batch_size=2", "run.log_every=1000000"]
         settings, parts = training(overrides, unet, random_data(shape, 2, MemoryCache()), Path(folder))
-        device = parts.accelerator.device
+        device = parts.state.strategy.device
         parts.batches = iter([random_batch(shape, 2, device, canvas=bucket) for bucket in buckets])
         train(settings, parts, start=0, steps=len(buckets), stop=Stop())
     found = counters["stats"]
@@ -210,7 +224,7 @@ def kernel_launches(overrides: Sequence[str], steps: int) -> float:
         shape = shapes(unet, NATIVE["tiny"])
         overrides = [*overrides, "ema=none", "run.batch_size=4", "run.log_every=1000000"]
         settings, parts = training(overrides, unet, random_data(shape, 4, MemoryCache()), Path(folder))
-        parts.batches = itertools.repeat(random_batch(shape, 4, parts.accelerator.device))
+        parts.batches = itertools.repeat(random_batch(shape, 4, parts.state.strategy.device))
         train(settings, parts, start=0, steps=3, stop=Stop())
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             train(settings, parts, start=3, steps=3 + steps, stop=Stop())

@@ -33,6 +33,7 @@ from common import (
     write,
 )
 
+from nai_xl.engine.hooks import Steps
 from nai_xl.engine.loop import RunSettings, Stop, train
 from nai_xl.interfaces import Batch
 from nai_xl.model.tiny import tiny_sdxl
@@ -56,6 +57,16 @@ class Ours:
         self.step = stop
 
 
+class Seen(Steps):
+    """A hook that keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, float]] = []
+
+    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
+        self.values.append(values)
+
+
 def bare_loop(unet: torch.nn.Module, device: torch.device) -> Bare:
     """The same optimizer as conf/optimizer/adamw.yaml, called by hand."""
     unet.to(device).train()
@@ -65,14 +76,14 @@ def bare_loop(unet: torch.nn.Module, device: torch.device) -> Bare:
 
 def agreement(ours: Ours, bare: Bare, batches: list[Batch]) -> dict[str, float]:
     """The largest relative difference of losses and gradient norms over some steps from the same weights."""
-    seen: list[dict[str, float]] = []
-    ours.parts.on_report = lambda step, values: seen.append(values)
+    seen = Seen()
+    ours.parts.hooks = [seen]
     ours.run(iter(batches), len(batches), replace(ours.settings, log_every=1))
-    ours.parts.on_report = lambda step, values: None
+    ours.parts.hooks = []
     bare.steps(iter(batches), len(batches))
     pairs = {
-        "loss": zip((v["train/loss"] for v in seen), map(float, bare.losses), strict=True),
-        "grad_norm": zip((v["train/grad_norm"] for v in seen), map(float, bare.norms), strict=True),
+        "loss": zip((v["train/loss"] for v in seen.values), map(float, bare.losses), strict=True),
+        "grad_norm": zip((v["train/grad_norm"] for v in seen.values), map(float, bare.norms), strict=True),
     }
     return {name: max(abs(a - b) / abs(b) for a, b in rows) for name, rows in pairs.items()}
 
@@ -117,9 +128,8 @@ def breakdown(ours: Ours, bare: Bare, batches: list[Batch], count: int) -> list[
 
     def run_ours(clock: Clock) -> None:
         ours.parts.batches = ours.loader
-        with watched(ours.parts, clock):
-            parts = ours.parts
-            train(ours.settings, parts, start=ours.step, steps=ours.step + count, stop=Stop())
+        parts = watched(ours.parts, clock)
+        train(ours.settings, parts, start=ours.step, steps=ours.step + count, stop=Stop())
         ours.step += count
 
     theirs = measure(lambda clock: bare.steps(itertools.cycle(batches), count, clock))
@@ -148,7 +158,7 @@ def main(arguments: list[str]) -> dict[str, object]:
         ours, with_ema = (
             Ours(ema, args.batch, folder / ema, copy.deepcopy(unet), data) for ema in ("none", "standard")
         )
-        device = ours.parts.accelerator.device
+        device = ours.parts.state.strategy.device
         bare = bare_loop(bare_unet, device)
         batches = list(itertools.islice(ours.loader, 8))
         agree = agreement(ours, bare, batches)

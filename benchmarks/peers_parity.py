@@ -19,7 +19,7 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon
 from nai_xl.diffusion.schedule import scaled_linear
 from nai_xl.diffusion.timesteps import uniform
-from nai_xl.distributed.options import SingleProcess
+from nai_xl.distributed.none import SingleProcess
 from nai_xl.interfaces import Batch
 from nai_xl.model.sdxl import load_sdxl
 from nai_xl.optimizer.update import WholeUpdate
@@ -33,19 +33,20 @@ def compare(model: Path, theirs: Sequence[Step], precision: Any, rate: float) ->
 
     Ours goes on from its own weights, so that from the second step on our update, clip and AdamW, is compared too.
     """
-    accelerator = SingleProcess().accelerator(precision)
+    strategy = SingleProcess().start(precision)
     unet = load_sdxl(model).unet.train()
     unet.enable_gradient_checkpointing()  # changes memory, no value
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    update = WholeUpdate(accelerator, optimizer, unet.parameters(), max_grad_norm=1.0)
+    parameters = list(unet.parameters())
+    unet, stepped = strategy.wrap(unet, optimizer)
+    update = WholeUpdate(strategy, stepped, optimizer, parameters, max_grad_norm=1.0)
     objective = Objective(scaled_linear(), Epsilon(), uniform, even)
     rows = []
     for step in theirs:
-        batch = as_batch(step).to(accelerator.device)
+        batch = as_batch(step).to(strategy.device)
         losses, level = objective(unet, batch)
         loss = losses.mean()
-        accelerator.backward(loss)
+        strategy.backward(loss)
         noisy = objective.schedule.add_noise(batch.latents, batch.noise, level)
         ours = {"noisy": noisy, "loss": loss.detach(), "grad_norm": update()}
         rows.append({name: difference(value, step[name]) for name, value in ours.items()})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -15,10 +15,32 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def declare(
+    *, changes_weights: bool = True, without_effect: Sequence[str] = (), open_ended: bool = False
+) -> Callable[[F], F]:
+    """Give an option that is a plain function the attributes that a class of options has in its body.
+
+    changes_weights = False: nothing about the option changes the trained weights by more than roundings, so that no
+    run's signature holds it. without_effect: the parameters of which that is true. open_ended, of a learning rate: its
+    curve does not depend on the length of the run, so that a longer run continues a shorter one. Without declarations
+    an option and all of its parameters count, and the length of the run too.
+    """
+
+    def declared(function: F) -> F:
+        vars(function).update(changes_weights=changes_weights, without_effect=without_effect, open_ended=open_ended)
+        return function
+
+    return declared
+
 
 @dataclass(frozen=True, slots=True)
 class Native:
     """What belongs to a model's size: canvas edge and bucket step in pixels, learning rate, images per micro-batch."""
+
+    changes_weights: ClassVar[bool] = False  # those settings do that are made from it
 
     resolution: Annotated[int, Field(ge=8)]
     bucket_step: Annotated[int, Field(ge=8, multiple_of=8)]
@@ -74,6 +96,31 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    @property
+    def canvas(self) -> tuple[int, int, int]:
+        """Height and width in pixels, and tokens of the captions: what a step's cost depends on."""
+        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], self.context.shape[1]
+
+
+class Samples(Protocol):
+    """A micro-batch of any task, as the loop and the meter see it."""
+
+    item: Tensor  # [B] int64: place of each sample's image in the index
+
+    def __len__(self) -> int: ...
+    @property
+    def canvas(self) -> tuple[int, int, int]: ...  # height, width in pixels, tokens
+    def to(self, device: torch.device) -> Samples: ...
+    def pin_memory(self) -> Samples: ...
+    def record_stream(self, stream: torch.cuda.Stream) -> None: ...
+
+
+class Losses(NamedTuple):
+    """What a task makes of a micro-batch."""
+
+    values: Tensor  # [B] float32, the loss of each sample
+    axis: Tensor  # [B] where each is reported, along an axis of the task's own such as timesteps
 
 
 @runtime_checkable

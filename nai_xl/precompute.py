@@ -5,13 +5,23 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from nai_xl import config
+from nai_xl.config.spec import Spec
+from nai_xl.engine.console import Screen
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.train import Job
+from nai_xl.record.run_dir import RunDirectory
 
 
 def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
+    """Fill the cache with everything this run would read."""
     quiet_libraries()
-    Job(cfg, choices).precompute()
+    spec = Spec.of(cfg)
+    strategy, index = spec.start(), spec.scan()
+    spec.task.load(spec.model)
+    data = spec.task.prepare(index, spec.cache, strategy, RunDirectory(config.run_dir(cfg, choices)))
+    screen = Screen(silent=not strategy.first)
+    screen.say(f"cached: {data.counted()}")
+    for skip in data.index.skipped:
+        screen.say(f"skipped: {skip.path}: {skip.reason}")
 
 
 main = config.entry_point(precompute)

@@ -1,4 +1,4 @@
-"""python -m nai_xl.report.sync [RUN_DIR ...] [--all OUTPUTS]: send to MLflow what it lacks of these runs."""
+"""python -m nai_xl.sync [RUN_DIR ...] [--all OUTPUTS]: send to MLflow what it lacks of these runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nai_xl.errors import one_line
-from nai_xl.tracker.jsonl import metrics_of
+from nai_xl.record.journal import metrics_of
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
 
 
@@ -29,7 +29,7 @@ def runs_in(outputs: Path, *, tracked: bool) -> list[Path]:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nai_xl.report.sync", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m nai_xl.sync", description=__doc__)
     parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR")
     parser.add_argument("--all", type=Path, metavar="OUTPUTS", help="every run in it that was meant for MLflow")
     parser.add_argument("--uri", help="another store than the one the runs were meant for")

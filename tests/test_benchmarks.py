@@ -63,7 +63,7 @@ def test_overhead_compares_two_loops_that_compute_the_same(load: Any, tmp_path: 
     assert all(math.isfinite(row["overhead ms"]) for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__
     parts = {row["part"] for row in json.loads((tmp_path / "overhead_parts.json").read_text())["rows"]}
-    assert {"batches", "objective", "unet", "meter.add", "update", "accelerator.backward"} <= parts
+    assert {"batches", "loss", "module", "meter.add", "update", "strategy.backward"} <= parts
     assert "| bare |" in (tmp_path / "overhead.md").read_text()
 
 

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import DictConfig
 
 from nai_xl import config
-from nai_xl.train import Job
+from nai_xl.train import train
 from tests.test_train import losses
 
 GROUPS = ("schedule", "parameterization", "timesteps", "loss", "error", "latents")
@@ -21,8 +21,7 @@ ALSO = {("parameterization", "epsilon"): ["schedule=scaled_linear"]}
 def test_every_option_trains(small: Callable[..., DictConfig], group: str, option: str) -> None:
     """The rate is the tiny model's own; the weights' scale differs by option, so only the fall is asserted."""
     further = ALSO.get((group, option), [])
-    job = Job(small(f"{group}={option}", *further, "run.max_images=160", "run.batch_size=4"), {})
-    job.run()
-    found = list(losses(job.home.path).values())
+    home = train(small(f"{group}={option}", *further, "run.max_images=160", "run.batch_size=4"), {})
+    found = list(losses(home).values())
     assert len(found) == 40 and all(map(math.isfinite, found))
     assert np.mean(found[-10:]) < 0.9 * np.mean(found[:10])

@@ -16,16 +16,14 @@ from safetensors.torch import load_file
 from nai_xl import config
 from nai_xl.errors import UserError
 from nai_xl.optimizer.ema import StandardEma
-from nai_xl.train import Job
+from nai_xl.train import train
 from tests.conftest import SMALL
 
 Compose = Callable[..., DictConfig]
 
 
 def run(cfg: DictConfig) -> Path:
-    job = Job(cfg, {})
-    job.run()
-    return job.home.path
+    return train(cfg, {})
 
 
 def rows(folder: Path) -> dict[int, dict[str, float]]:
@@ -160,8 +158,9 @@ def test_a_continued_run_reports_whole_intervals(small: Compose) -> None:
 
 
 def test_a_longer_run_with_a_falling_rate_is_another_run(small: Compose) -> None:
-    assert Job(small("lr=cosine", "run.max_images=4"), {}).home != Job(small("lr=cosine", "run.max_images=8"), {}).home
-    assert Job(small("run.max_images=4"), {}).home == Job(small("run.max_images=8"), {}).home
+    short, long = ([f"run.max_images={images}"] for images in (4, 8))
+    assert config.run_dir(small("lr=cosine", *short), {}) != config.run_dir(small("lr=cosine", *long), {})
+    assert config.run_dir(small(*short), {}) == config.run_dir(small(*long), {})
 
 
 def test_encoding_in_bf16_leaves_the_autoencoder_as_it_was(small: Compose) -> None:

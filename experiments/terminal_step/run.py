@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from nai_xl import config
+from nai_xl import train as program
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.train import Job
 
 HERE = Path(__file__).parent
 ARMS = ("uniform", "minsnr", "minsnr_plus_one")
@@ -55,9 +55,7 @@ def train(arm: str, seed: int, images: int, cards: Path) -> Path:
          "evals=[]", "run.log_every=50"]
     )  # fmt: skip
     config.check(cfg)
-    job = Job(cfg, {"schedule": "ztsnr", "loss": arm})
-    job.run()
-    return job.home.pipeline
+    return program.train(cfg, {"schedule": "ztsnr", "loss": arm}) / "pipeline"
 
 
 def colour_errors(pipeline: Path, guidance: float, seed: int) -> dict[str, float]:

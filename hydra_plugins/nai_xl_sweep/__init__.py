@@ -36,7 +36,7 @@ for group, node in (("launcher", ArmsLauncherConf), ("sweeper", ArmsSweeperConf)
 class ArmReturn(JobReturn):
     """A job's return value, or its error, raised in silence: the sweep's table has told it."""
 
-    @property
+    @property  # type: ignore[misc]  # Hydra's has a setter too, and nothing sets it
     def return_value(self) -> Any:
         if self.status == JobStatus.FAILED:
             raise self._return_value
@@ -66,6 +66,7 @@ class ArmsSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]  # static in Hydra, which calls it on the object
         self, overrides: Sequence[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
+        assert self.config is not None
         arms = listed(OmegaConf.select(self.config, "sweep.arms") or [], overrides)
         rest = [override for override in overrides if not any(_key(override) in arm for arm in arms)]
         (points,) = BasicSweeper.split_arguments(rest, None)

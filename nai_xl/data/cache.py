@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -28,6 +29,8 @@ def content_key(*parts: object) -> str:
 @dataclass(frozen=True)
 class DiskCache:
     """`dir`/ab/abcd....safetensors; a truncated file counts as missing and is made anew."""
+
+    changes_weights: ClassVar[bool] = False
 
     dir: Path | None = None  # default: in the user's cache directory
     shared = True
@@ -90,6 +93,8 @@ class DiskCache:
 @dataclass(frozen=True)
 class MemoryCache:
     """Keeps everything in this process; every run, and every rank, makes its own."""
+
+    changes_weights: ClassVar[bool] = False
 
     entries: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False)
     shared = False

@@ -2,7 +2,7 @@
 
 Every function is a mean over channels and pixels, and a factor 2 against torch's losses makes small errors of huber and
 scheduled_huber cost what they cost under mse, so that arms with different errors compare. A weighting multiplies
-whichever error is chosen. Raises UserError for a threshold that is not positive.
+whichever error is chosen. Each raises ValueError for a threshold that is not positive and finite.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from nai_xl.diffusion.schedule import per_sample
-from nai_xl.errors import UserError
 from nai_xl.interfaces import NoiseLevel
 
 
 def _positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
-        raise UserError(f"error.{name}={value}: must be positive and finite")
+        raise ValueError(f"{name}={value}: must be positive and finite")
 
 
 def _per_sample_mean(values: Tensor) -> Tensor:

@@ -1,24 +1,26 @@
 """Loss weightings, each defined on the x0 error as w(SNR) and brought to the prediction error by x0_error_scale.
 
-Every function returns [B] float32, the factor of a sample's mean squared prediction error. All are written with alpha
-and sigma so that they stay finite at zero terminal SNR. Raises UserError for a constant that is not positive.
+Every weighting returns [B] float32, the factor of a sample's mean squared prediction error. All are written with alpha
+and sigma so that they stay finite at zero terminal SNR. Each raises ValueError for a constant that is not positive and
+finite. Most are functions; one that has parameters to train is a LearnedWeighting.
 
 [HDiT] Crowson et al. 2401.11605; [Debias] Yu et al. 2310.08442; [P2] Choi et al. 2204.00227; [EDM] Karras et al.
-2206.00364.
+2206.00364; [EDM2] Karras et al. 2312.02696.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from nai_xl.errors import UserError
-from nai_xl.interfaces import NoiseLevel, Parameterization
+import torch
+from torch import Tensor, nn
+
+from nai_xl.interfaces import NoiseLevel, Parameterization, Weighting
 
 
 def _positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
-        raise UserError(f"loss.{name}={value}: must be positive and finite")
+        raise ValueError(f"{name}={value}: must be positive and finite")
 
 
 def uniform(level: NoiseLevel, p: Parameterization) -> Tensor:
@@ -83,3 +85,61 @@ def edm(level: NoiseLevel, p: Parameterization, *, sigma_data: float = 1.0) -> T
     _positive("sigma_data", sigma_data)
     on_x0 = (level.sigma.square() + sigma_data**2 * level.alpha.square()) / (level.sigma * sigma_data).square()
     return on_x0 * p.x0_error_scale(level)
+
+
+# --- learned ----------------------------------------------------------------------------------------------------------
+
+
+class LearnedWeighting(nn.Module):
+    """A weighting whose parameters are trained along with the network.
+
+    Derive from it, or write a module with these members, and define `forward(level, p)`, which returns the weight [B]
+    like any other weighting. The parameters are saved in checkpoints. They take no part in the averages, in gradient
+    clipping or in the reported gradient norm, which are the network's.
+    """
+
+    def penalty(self, level: NoiseLevel) -> Tensor | None:
+        """[B] what is added to the weighted error, so that weights of 0 are not the best ones; None: nothing."""
+        return None
+
+    def parameter_group(self) -> dict[str, Any]:
+        """The optimizer's group of these parameters, with settings that differ from the network's."""
+        return {"params": list(self.parameters())}
+
+
+class Uncertainty(LearnedWeighting):
+    """loss = exp(-u) base error + u with a learned u of the noise level; [EDM2] eq. 21.
+
+    The best u is ln E[base error] at each level, so that every level's weighted error is 1 on average, whatever `base`
+    is. [EDM2] makes u a small network of ln s, which is infinite at zero terminal SNR; here it is a cosine series of
+    the angle atan2(sigma, alpha), u = sum over k < features of c_k cos(2 k angle). All c_k begin at 0, as `base` alone.
+
+    The coefficients have a learning rate of their own and no weight decay. The reported loss holds u and can be
+    negative: do not compare it with that of other weightings.
+    """
+
+    def __init__(self, base: Weighting = uniform, *, features: int = 16, lr: float = 5e-3):
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features={features}: must be at least 1")
+        _positive("lr", lr)
+        self.base, self.lr = base, lr
+        self.coefficients = nn.Parameter(torch.zeros(features))
+
+    def log_variance(self, level: NoiseLevel) -> Tensor:
+        """u, [B] float32."""
+        angle = torch.atan2(level.sigma, level.alpha)
+        k = torch.arange(len(self.coefficients), device=angle.device)
+        return torch.cos(2 * angle[:, None] * k) @ self.coefficients
+
+    def forward(self, level: NoiseLevel, p: Parameterization) -> Tensor:
+        """exp(-u) times the base weight, [B] float32."""
+        return torch.exp(-self.log_variance(level)) * self.base(level, p)
+
+    def penalty(self, level: NoiseLevel) -> Tensor:
+        """u, [B] float32."""
+        return self.log_variance(level)
+
+    def parameter_group(self) -> dict[str, Any]:
+        """The coefficients with their learning rate."""
+        return {"params": [self.coefficients], "lr": self.lr, "weight_decay": 0.0}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from nai_xl.diffusion.denoiser import predict
 from nai_xl.diffusion.error import mse
-from nai_xl.diffusion.uncertainty import Uncertainty
-from nai_xl.errors import UserError
+from nai_xl.diffusion.loss import LearnedWeighting
+from nai_xl.errors import ChoiceError
 from nai_xl.interfaces import (
     Batch,
     Denoiser,
@@ -25,9 +27,16 @@ from nai_xl.interfaces import (
 QUADRATURE = 100_000  # values of u that stand for all; a multiple of 1000 makes the mean over SDXL's table exact
 
 
+class Misfit(ChoiceError):
+    """Choices that have no meaning together."""
+
+
 @dataclass(frozen=True)
 class Objective:
-    """Composes the method's choices. Raises UserError for choices that have no meaning together, naming the override.
+    """Composes the method's choices.
+
+    Raises Misfit for choices that have no meaning together, and ChoiceError where a choice itself refuses a parameter
+    or the schedule. Both name the field at fault.
 
     normalize_weights divides every weight by its expectation over the timesteps drawn, so that weightings differ in
     where they look and not in their scale. The expectation is a constant of the choices, computed once for each canvas
@@ -49,31 +58,29 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.schedule.zero_terminal and not self.parameterization.defined_at_zero_snr:
-            raise UserError(
-                f"parameterization={self.parameterization.prediction_type} is undefined on a schedule that ends at "
-                "zero SNR: pure noise says nothing of x0. Use parameterization=v, or schedule=scaled_linear."
-            )
-        if self.normalize_weights and isinstance(self.weighting, Uncertainty):
-            raise UserError("loss=uncertainty learns its own scale; set objective.normalize_weights=false")
+            why = "is undefined on a schedule that ends at zero SNR: pure noise says nothing of x0"
+            raise Misfit("parameterization", why, value=self.parameterization.prediction_type)
+        if self.normalize_weights and self._learned_weighting is not None:
+            raise Misfit("normalize_weights", "has no meaning for a weighting that learns its own scale", value="true")
         self._refuse_senseless_loss()
 
     @torch.no_grad()
     def _refuse_senseless_loss(self) -> None:
-        """Try the weighting and the error on the whole table, before anything is loaded."""
+        """Try the sampler, and the weighting and the error on the whole table, before anything is loaded."""
+        ends = torch.tensor([0, 1 - 2.0**-53], dtype=torch.float64)
+        _asked("timesteps", lambda: self.timesteps(ends, self.schedule))
         level = self.schedule.at(torch.arange(len(self.schedule)))
         ones = torch.ones(len(self.schedule), 1, 1, 1)
-        weights = self.weighting(level, self.parameterization)
-        for group, values in (("loss", weights), ("error", self.error(ones, 0 * ones, level))):
+        weights = _asked("weighting", lambda: self.weighting(level, self.parameterization))
+        errors = _asked("error", lambda: self.error(ones, 0 * ones, level))
+        for choice, values in (("weighting", weights), ("error", errors)):
             bad = ~values.isfinite() | (values < 0)
             if bad.any():
                 t = int(bad.nonzero()[0])
-                raise UserError(
-                    f"{group}: the value at timestep {t} is {values[t].item()} with "
-                    f"parameterization={self.parameterization.prediction_type}; use loss=uniform error=mse, or "
-                    "schedule=scaled_linear if only a terminal SNR of zero is at fault."
-                )
+                predicted = f"with prediction type {self.parameterization.prediction_type}"
+                raise Misfit(choice, f"the value at timestep {t} is {values[t].item()} {predicted}")
         if not weights.any():
-            raise UserError("loss: the weight is 0 at every timestep, so nothing would be trained; use loss=uniform")
+            raise Misfit("weighting", "the weight is 0 at every timestep, so nothing would be trained")
 
     def on_canvas(self, height: int, width: int) -> Objective:
         """The same with the noise levels of a canvas of height x width pixels alone."""
@@ -82,14 +89,16 @@ class Objective:
     @property
     def learned(self) -> nn.ModuleDict:
         """The parts that are trained along with the network, by name; empty for all but learned weightings."""
-        return nn.ModuleDict({"weighting": self.weighting} if isinstance(self.weighting, nn.Module) else {})
+        return nn.ModuleDict({"weighting": part} if (part := self._learned_weighting) is not None else {})
+
+    @property
+    def _learned_weighting(self) -> LearnedWeighting | None:
+        """The weighting, where it is a module; a function has nothing to learn."""
+        return cast(LearnedWeighting, self.weighting) if isinstance(self.weighting, nn.Module) else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups for `learned`, to stand after the network's."""
-        if isinstance(self.weighting, Uncertainty):
-            return [self.weighting.parameter_group()]
-        own = list(self.learned.parameters())
-        return [{"params": own}] if own else []
+        return [part.parameter_group()] if (part := self._learned_weighting) is not None else []
 
     def expected_weight(self, height: int, width: int) -> float:
         """The weight's expectation over the timesteps drawn for a canvas of height x width pixels."""
@@ -103,22 +112,30 @@ class Objective:
     def __call__(self, unet: Denoiser, batch: Batch) -> tuple[Tensor, NoiseLevel]:
         """The weighted prediction error of every sample, [B] float32, and the noise levels drawn for them.
 
-        A weighting with uncertainty u adds u; the sample's own weight multiplies both.
+        The penalty of a learned weighting is added. The sample's own weight multiplies both.
         """
         height, width = (8 * side for side in batch.latents.shape[2:])
         schedule = self.schedule.for_canvas(height, width)
         level = schedule.at(self.timesteps(batch.u, schedule))
         xt = schedule.add_noise(batch.latents, batch.noise + batch.perturbation, level)
         time_ids = batch.time_ids if self.micro_conditioning else _whole(batch.time_ids)
-        condition = {"text_embeds": batch.pooled, "time_ids": time_ids}
-        prediction = unet(xt, level.t, batch.context, added_cond_kwargs=condition, return_dict=False)[0]
+        prediction = predict(unet, xt, level.t, batch.context, batch.pooled, time_ids)
         target = self.parameterization.target(batch.latents, batch.noise, level)
         loss = self.error(prediction, target, level) * self.weighting(level, self.parameterization)
         if self.normalize_weights:
             loss = loss / self.expected_weight(height, width)
-        if isinstance(self.weighting, Uncertainty):
-            loss = loss + self.weighting.log_variance(level)
+        if self._learned_weighting is not None:
+            penalty = self._learned_weighting.penalty(level)
+            loss = loss if penalty is None else loss + penalty
         return loss * batch.weight, level
+
+
+def _asked(choice: str, ask: Callable[[], Tensor]) -> Tensor:
+    """What `ask` returns. Raises ChoiceError with the name of the choice in place of its ValueError."""
+    try:
+        return ask()
+    except ValueError as error:
+        raise ChoiceError(choice, str(error)) from error
 
 
 def _whole(time_ids: Tensor) -> Tensor:

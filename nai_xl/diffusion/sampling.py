@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nai_xl.errors import UserError
+from nai_xl.diffusion.denoiser import predict
 from nai_xl.interfaces import Denoiser, NoiseLevel, Parameterization, Schedule
 
 Method = Literal["ddim", "euler", "dpmpp_2m"]
@@ -22,7 +22,12 @@ Method = Literal["ddim", "euler", "dpmpp_2m"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn: number of steps, guidance scale, guidance rescale (0 = off), and the ODE solver."""
+    """How samples are drawn: number of steps, guidance scale, guidance rescale (0 = off), and the ODE solver.
+
+    Raises ValueError for fewer steps than 1, a rescale outside [0, 1] and an unknown method.
+    """
+
+    changes_weights: ClassVar[bool] = False
 
     steps: int = 28
     guidance: float = 5.0
@@ -30,10 +35,12 @@ class Sampling:
     method: Method = "ddim"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.rescale <= 1:
-            raise UserError("sampling: steps must be at least 1 and rescale must lie in [0, 1]")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: must be at least 1")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale={self.rescale}: must lie in [0, 1]")
         if self.method not in SOLVERS:
-            raise UserError(f"sampling.method={self.method}: there is {', '.join(SOLVERS)}")
+            raise ValueError(f"method={self.method}: there is {', '.join(SOLVERS)}")
 
 
 class Estimate(NamedTuple):
@@ -115,10 +122,8 @@ def guided_x0(
 
     `conditions` hold 2B rows, the unconditional ones first.
     """
-    added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
-    out = denoise(
-        torch.cat([x, x]), level.t.repeat(2), conditions["context"], added_cond_kwargs=added, return_dict=False
-    )[0]
+    told = conditions["context"], conditions["pooled"], conditions["time_ids"]
+    out = predict(denoise, torch.cat([x, x]), level.t.repeat(2), *told)
     negative, positive = out.float().chunk(2)
     prediction = rescale_guidance(negative + sampling.guidance * (positive - negative), positive, sampling.rescale)
     return parameterization.to_x0(x, prediction, level)
@@ -141,7 +146,7 @@ def sample_latents(
     """Normalised clean latents [B,4,h,w] float32 from `noise` [B,4,h,w].
 
     `condition` and `unconditional` hold context [B,77k,D], pooled [B,P] and time_ids [B,6]. The schedule is that of the
-    canvas: `schedule.for_canvas(height, width)`. Raises UserError for more steps than the schedule has timesteps.
+    canvas: `schedule.for_canvas(height, width)`. Raises ValueError for more steps than the schedule has timesteps.
     """
     conditions = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
     solver = SOLVERS[sampling.method]

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nai_xl.errors import UserError
 from nai_xl.interfaces import NoiseLevel, Schedule
 
 
@@ -50,10 +49,10 @@ class TableSchedule:
 
     def __post_init__(self) -> None:
         if len(self.abar) < 2:
-            raise UserError("schedule.timesteps must be at least 2")
+            raise ValueError(f"timesteps={len(self.abar)}: must be at least 2")
         falling = bool((self.abar[1:] < self.abar[:-1]).all())
         if self.abar.dtype != torch.float64 or not falling or not (self.abar[0] < 1 and self.abar[-1] >= 0):
-            raise UserError("schedule: alpha^2 must be float64, strictly falling and within [0, 1); change the betas")
+            raise ValueError("alpha^2 must be float64, strictly falling and within [0, 1); change the betas")
 
     def __len__(self) -> int:
         return len(self.abar)
@@ -116,7 +115,7 @@ class TableSchedule:
     def inference_timesteps(self, steps: int) -> Tensor:
         """`steps` falling int64 timesteps that begin at T-1: "trailing" spacing, [Lin] section 3.3 and table 2."""
         if not 1 <= steps <= len(self):
-            raise UserError(f"sampling.steps={steps}: must lie in 1..{len(self)}, the timesteps of the schedule")
+            raise ValueError(f"steps={steps}: must lie in 1..{len(self)}, the timesteps of the schedule")
         back = torch.arange(steps, dtype=torch.float64) * (len(self) / steps)
         return (len(self) - back).round().long() - 1
 
@@ -132,12 +131,10 @@ class TableSchedule:
 def scaled_linear(*, beta_start: float = 0.00085, beta_end: float = 0.012, timesteps: int = 1000) -> Schedule:
     """SDXL's schedule: beta = linspace(sqrt(beta_start), sqrt(beta_end), T)^2, abar = cumprod(1 - beta).
 
-    sigma/alpha runs from 0.0292 to 14.6. Raises UserError unless 0 < beta_start < beta_end < 1.
+    sigma/alpha runs from 0.0292 to 14.6. Raises ValueError unless 0 < beta_start < beta_end < 1.
     """
     if not 0 < beta_start < beta_end < 1:
-        raise UserError(
-            f"schedule.beta_start={beta_start} and beta_end={beta_end}: needs 0 < beta_start < beta_end < 1"
-        )
+        raise ValueError(f"beta_start={beta_start} and beta_end={beta_end}: needs 0 < beta_start < beta_end < 1")
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64).square()
     config = {
         "beta_schedule": "scaled_linear",
@@ -192,18 +189,18 @@ def high_sigma(base: Schedule, *, sigma_max: float = 29.0) -> Schedule:
     """`base` continued to s = `sigma_max` at the last timestep; [NAI] 2.3 contrasts SDXL's 14.6 with 29.
 
     ln s' = ln s + ln(sigma_max / s_T) * (ln s / ln s_T)^3 where s > 1, and s' = s where the signal outweighs the noise:
-    twice continuously differentiable, rising, exact at both ends. Raises UserError unless `base` is one table with
+    twice continuously differentiable, rising, exact at both ends. Raises ValueError unless `base` is one table with
     1 < s_T <= sigma_max < infinity.
     """
     table = _table(base, "high_sigma")
     if table.of_canvas is not None:
-        raise UserError("schedule.base: high_sigma is for one canvas; put it inside shifted, as shifted's base")
+        raise ValueError("base: high_sigma is for one canvas; put it inside shifted, as shifted's base")
     log_s = -table.log_snr / 2
     last = log_s[-1].exp().item()
     if not 1 < last <= sigma_max < math.inf:
-        raise UserError(
-            f"schedule.sigma_max={sigma_max}: must be finite and at least {last:.6g}, where schedule.base ends, "
-            "which must itself lie above 1 and below infinity"
+        raise ValueError(
+            f"sigma_max={sigma_max}: must be finite and at least {last:.6g}, where base ends, which must itself lie "
+            "above 1 and below infinity"
         )
     share = (log_s / log_s[-1]).clamp(min=0)
     raised = log_s + math.log(sigma_max / last) * share**3
@@ -218,7 +215,7 @@ def shifted(base: Schedule, *, resolution: float) -> Schedule:
     bound: it takes the image to be redundant over its area.
     """
     if not resolution > 0:
-        raise UserError(f"schedule.resolution={resolution}: must be above 0 pixels")
+        raise ValueError(f"resolution={resolution}: must be above 0 pixels")
     native = _table(base, "shifted")
 
     def of_canvas(height: int, width: int) -> TableSchedule:
@@ -233,7 +230,7 @@ def shifted(base: Schedule, *, resolution: float) -> Schedule:
 
 def _table(schedule: Schedule, change: str) -> TableSchedule:
     if not isinstance(schedule, TableSchedule):
-        raise UserError(f"schedule.base: {change} changes a table; {type(schedule).__name__} has none")
+        raise ValueError(f"base: {change} changes a table; {type(schedule).__name__} has none")
     return schedule
 
 

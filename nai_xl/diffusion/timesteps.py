@@ -1,23 +1,39 @@
 """Timestep samplers: u in [0,1) -> t. They hold no randomness of their own; u comes from the sample's position.
 
-All rise with u, return whole timesteps, and are handed u [B] float64 -> t [B] int64. x below is t's place in the table,
-from 0 (clean) to 1 (noise), so that densities stand on x.
+All rise with u and map u [B] float64 -> whole timesteps t [B] int64. x below is t's place in the table, from 0 (clean)
+to 1 (noise), so that densities stand on x. A sampler that wants its draws stratified is a StratifiedSampler.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from nai_xl.errors import UserError
 from nai_xl.interfaces import Schedule, TimestepSampler
 
 
 def uniform(u: Tensor, schedule: Schedule) -> Tensor:
     """Every timestep 0..T-1 equally likely: density 1."""
     return _at_share(u, schedule)
+
+
+@runtime_checkable
+class StratifiedSampler(Protocol):
+    """A sampler whose u are drawn stratified: of each block of consecutive samples one from each of equal intervals."""
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor: ...
+
+    def strata_for(self, images_per_step: int) -> int | None:
+        """How many consecutive samples share out the interval [0,1); None: every u is drawn on its own."""
+        ...
+
+
+def strata_of(sampler: TimestepSampler, images_per_step: int) -> int | None:
+    """The strata of a sampler; None for one that has no `strata_for`, such as a plain function."""
+    return sampler.strata_for(images_per_step) if isinstance(sampler, StratifiedSampler) else None
 
 
 @dataclass(frozen=True)
@@ -30,10 +46,13 @@ class Stratified:
 
     def __post_init__(self) -> None:
         if self.strata is not None and self.strata < 1:
-            raise UserError(f"timesteps.strata={self.strata}: must be at least 1, or null")
+            raise ValueError(f"strata={self.strata}: must be at least 1, or null")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
         return uniform(u, schedule)
+
+    def strata_for(self, images_per_step: int) -> int:
+        return self.strata or images_per_step
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ class LogitNormal:
 
     def __post_init__(self) -> None:
         if not self.std > 0:
-            raise UserError(f"timesteps.std={self.std}: must be above 0")
+            raise ValueError(f"std={self.std}: must be above 0")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
         return _at_share((self.mean + self.std * torch.special.ndtri(u)).sigmoid(), schedule)
@@ -63,7 +82,7 @@ class HighNoise:
 
     def __post_init__(self) -> None:
         if not self.emphasis >= 0:
-            raise UserError(f"timesteps.emphasis={self.emphasis}: must be at least 0")
+            raise ValueError(f"emphasis={self.emphasis}: must be at least 0")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
         return _at_share(u ** (1 / (1 + self.emphasis)), schedule)
@@ -77,11 +96,11 @@ class InferenceGrid:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"timesteps.steps={self.steps}: must be at least 1")
+            raise ValueError(f"steps={self.steps}: must be at least 1")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
         if self.steps > len(schedule):
-            raise UserError(f"timesteps.steps={self.steps}: the schedule has {len(schedule)} timesteps only")
+            raise ValueError(f"steps={self.steps}: the schedule has only {len(schedule)} timesteps")
         grid = schedule.inference_timesteps(self.steps).flip(0).to(u.device, non_blocking=True)
         return grid[(u * self.steps).long()]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +18,14 @@ from nai_xl.errors import UserError
 from nai_xl.interfaces import Stateful
 
 STATE = "state.json"
+
+
+class Ranks(Protocol):
+    """What saving needs of a distributed strategy (distributed/strategy.py)."""
+
+    @property
+    def first(self) -> bool: ...
+    def wait(self) -> None: ...
 
 
 def split_tensors(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
@@ -47,10 +57,13 @@ class LocalCheckpoints:
     """`dir`/step_00000100/{state.json, <name>.safetensors}; the last `keep` are kept.
 
     A folder bears its final name only when it is whole, so that a kill at any moment leaves the ones before it usable.
+    Every rank of `strategy` saves and loads; None is a single process.
     """
 
-    def __init__(self, dir: Path, *, keep: int):
-        self.dir, self.keep = Path(dir), keep
+    changes_weights: ClassVar[bool] = False
+
+    def __init__(self, dir: Path, *, keep: int, strategy: Ranks | None = None):
+        self.dir, self.keep, self.strategy = Path(dir), keep, strategy
         self.stateful: dict[str, Stateful] = {}
 
     def bind(self, **stateful: Stateful) -> None:
@@ -67,13 +80,24 @@ class LocalCheckpoints:
         return int(saved[-1].name.removeprefix("step_")) if saved else 0
 
     def save(self, step: int) -> Path:
-        """Write the state after optimizer step `step`. Raises UserError when the disk cannot take it."""
+        """Collective: write the state after optimizer step `step`. Raises UserError when the disk cannot take it."""
+        states = {name: part.state_dict() for name, part in self.stateful.items()}
         final = self.dir / f"step_{step:08d}"
+        if self.strategy is None:
+            self._write(final, step, states)
+            return final
+        self.strategy.wait()
+        if self.strategy.first:
+            self._write(final, step, states)
+        self.strategy.wait()
+        return final
+
+    def _write(self, final: Path, step: int, states: Mapping[str, dict[str, Any]]) -> None:
         aside = final.with_suffix(".tmp")
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            trees = {name: self._write(aside, name, part.state_dict()) for name, part in self.stateful.items()}
+            trees = {name: self._write_part(aside, name, state) for name, state in states.items()}
             (aside / STATE).write_text(json.dumps({"step": step, "parts": trees}))
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
@@ -85,9 +109,8 @@ class LocalCheckpoints:
             ) from error
         for old in self.saved()[: -self.keep]:
             shutil.rmtree(old)
-        return final
 
-    def _write(self, folder: Path, name: str, state: dict[str, Any]) -> Any:
+    def _write_part(self, folder: Path, name: str, state: dict[str, Any]) -> Any:
         tensors: dict[str, Tensor] = {}
         tree = split_tensors(state, name, tensors)
         # shared storage, such as tied weights, must be written out twice: safetensors refuses it
@@ -121,7 +144,7 @@ class LocalCheckpoints:
 
 
 class ModuleState:
-    """A module's trained parameters and buffers as a Stateful, unwrapped from DDP."""
+    """A module's parameters and buffers as a Stateful."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
@@ -131,3 +154,23 @@ class ModuleState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state)
+
+
+@dataclass
+class Pace:
+    """Images a step and a chunk as a Stateful: a run continued at another pace would skip or repeat images."""
+
+    images_per_step: int
+    chunk: int
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images_per_step": self.images_per_step, "chunk": self.chunk}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError when the run began otherwise."""
+        if state != self.state_dict():
+            raise UserError(
+                f"this run began with {state['images_per_step']} images a step in chunks of {state['chunk']}, now it "
+                f"would have {self.images_per_step} in chunks of {self.chunk}. Start it on as many processes as before "
+                "or set name=NAME to begin a new run."
+            )

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol
 
-import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import nn
 
-from nai_xl.diffusion.objective import Objective
+from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.assemble import State
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, Checkpointer, Ema, Tracker
-from nai_xl.optimizer.lr import LearningRate
-from nai_xl.optimizer.update import Update
+from nai_xl.interfaces import Losses
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -31,6 +27,8 @@ class RunSettings:
     Exactly one of max_images and epochs says how long to train. `chunk` consecutive images share a bucket; by default
     those of one micro-batch on all processes. Runs with equal chunks are equal on any number of processes.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = ("log_every", "checkpoint_every", "keep_checkpoints", "workers")
 
     seed: int
     batch_size: Count
@@ -85,118 +83,61 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = True
 
-    def requested(self, accelerator: Accelerator, *, due: bool) -> bool:
+    def requested(self, strategy: Strategy, *, due: bool) -> bool:
         """Whether any process was asked to stop. Several processes ask each other only when `due`: it costs a wait."""
-        if accelerator.num_processes == 1 or not due:
-            return self.asked and accelerator.num_processes == 1
-        flag = torch.tensor(float(self.asked), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item())
+        if strategy.world == 1:
+            return self.asked
+        return due and strategy.any(self.asked)
+
+
+class Hook(Protocol):
+    """What happens beside the training. Called on every rank after every optimizer step, in the order of the list.
+
+    values: what the step has to report so far, {} between reports; a hook may add to it.
+    """
+
+    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None: ...
+
+    def end(self, step: int) -> None:
+        """The loop ends after `step`, be it the last one or not."""
+        ...
 
 
 @dataclass
 class Training:
     """Everything the loop works with, built and bound together."""
 
-    accelerator: Accelerator
-    unet: nn.Module
-    update: Update
-    lr: LearningRate
-    objective: Objective
-    ema: Ema
-    batches: Iterator[Batch]  # on the device
-    meter: Any
-    tracker: Tracker
-    checkpoints: Checkpointer
-    evaluate: Callable[[int, bool], dict[str, float]]  # step, last -> values
-    on_report: Callable[[int, dict[str, float]], None]
-    on_step: Callable[[int], None]  # after every optimizer step, its report included
+    state: State
+    loss: Callable[[nn.Module, Any], Losses]
+    batches: Iterator[Any]  # on the device
+    hooks: Sequence[Hook] = ()
 
 
 def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: Stop) -> int:
-    """Train from optimizer step `start` to `steps`, or until asked to stop; the step reached, whose state is saved."""
-    step = saved = start
-    parts.unet.train()
-    while step < steps and not stop.requested(parts.accelerator, due=step % run.log_every == 0):
-        rate = parts.lr.set(step)
+    """Train from optimizer step `start` to `steps`, or until asked to stop; the step reached."""
+    step, state, strategy = start, parts.state, parts.state.strategy
+    state.module.train()
+    while step < steps and not stop.requested(strategy, due=step % run.log_every == 0):
+        rate = state.lr.set(step)
         for micro in range(run.grad_accum):
             waiting = time.perf_counter()
             batch = next(parts.batches)
             waited = time.perf_counter() - waiting
-            with _no_sync_unless_last(parts, micro, run.grad_accum):
-                losses, level = parts.objective(parts.unet, batch)
-                parts.accelerator.backward(losses.mean() / run.grad_accum)
-            parts.meter.add(losses, level, batch, waited=waited)
-        _average_learned_gradients(parts)
-        parts.meter.add_grad_norm(parts.update())
+            with strategy.accumulating(state.module, last=micro + 1 == run.grad_accum):
+                losses = parts.loss(state.module, batch)
+                strategy.backward(losses.values.mean() / run.grad_accum)
+            state.meter.add(losses, batch, waited=waited)
+        strategy.average(state.learned)
+        state.meter.add_grad_norm(state.update())
         step += 1
-        parts.ema.update(step)
+        state.ema.update(step)
         values: dict[str, float] = {}
         if step % run.log_every == 0 or step == steps:
             # a run that is continued later reports the whole interval, as if it had not paused here
-            values |= parts.meter.read(lr=rate, clear=step % run.log_every == 0)
-        with parts.meter.paused():
-            parts.on_step(step)
-            if step % run.checkpoint_every == 0 or step == steps:
-                saved = _save(parts, step)
-            values |= parts.evaluate(step, step == steps)
-            if values:
-                parts.tracker.log(step, values)
-                parts.on_report(step, values)
-    if saved != step:
-        _save(parts, step)
+            values |= state.meter.read(lr=rate, clear=step % run.log_every == 0)
+        with state.meter.paused():
+            for hook in parts.hooks:
+                hook(step, values, last=step == steps)
+    for hook in parts.hooks:
+        hook.end(step)
     return step
-
-
-def _no_sync_unless_last(parts: Training, micro: int, grad_accum: int) -> Any:
-    return nullcontext() if micro + 1 == grad_accum else parts.accelerator.no_sync(parts.unet)
-
-
-def _average_learned_gradients(parts: Training) -> None:
-    """Average a learned weighting's gradients over the processes; DistributedDataParallel does the network's only."""
-    if parts.accelerator.num_processes > 1:
-        for parameter in parts.objective.learned.parameters():
-            if parameter.grad is not None:
-                parameter.grad = parts.accelerator.reduce(parameter.grad, "mean")
-
-
-def _save(parts: Training, step: int) -> int:
-    parts.meter.collect()
-    parts.accelerator.wait_for_everyone()
-    if parts.accelerator.is_main_process:
-        parts.checkpoints.save(step)
-    parts.accelerator.wait_for_everyone()
-    return step
-
-
-@dataclass
-class Pace:
-    """Images a step and a chunk as a Stateful: a run continued at another pace would skip or repeat images."""
-
-    images_per_step: int
-    chunk: int
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"images_per_step": self.images_per_step, "chunk": self.chunk}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when the run began otherwise."""
-        if state != self.state_dict():
-            raise UserError(
-                f"this run began with {state['images_per_step']} images a step in chunks of {state['chunk']}, now it "
-                f"would have {self.images_per_step} in chunks of {self.chunk}. Start it on as many processes as before "
-                "or set name=NAME to begin a new run."
-            )
-
-
-class ScalerState:
-    """The fp16 loss scaler as a Stateful; empty for other precisions."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.scaler = accelerator.scaler
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.scaler.state_dict()) if self.scaler else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.scaler:
-            self.scaler.load_state_dict(state)

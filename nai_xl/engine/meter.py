@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, Direction, NoiseLevel
+from nai_xl.interfaces import Direction, Losses, Samples
 
 BANDS = 4
 PAUSED = "nai_xl: paused"  # the mark in a profiler's trace of what is not the training
@@ -80,7 +80,6 @@ class Meter:
     def clear(self) -> None:
         self.rows: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.collected: list[Tensor] = []
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.shapes: Counter[tuple[int, int, int]] = Counter()  # short side, long side, tokens -> images
 
@@ -92,15 +91,15 @@ class Meter:
             yield
         self.started += time.perf_counter() - began
 
-    def add(self, losses: Tensor, level: NoiseLevel, batch: Batch, *, waited: float) -> None:
-        """Take in one micro-batch: losses [B] and t [B] on the device; `waited` seconds for its data."""
-        item = batch.item.to(losses.device, torch.float64, non_blocking=True)
-        self.rows.append(torch.stack([losses.detach().double(), level.t.double(), item]))
+    def add(self, losses: Losses, batch: Samples, *, waited: float) -> None:
+        """Take in one micro-batch, its losses on the device; `waited` seconds for its data."""
+        values, axis = losses
+        item = batch.item.to(values.device, torch.float64, non_blocking=True)
+        self.rows.append(torch.stack([values.detach().double(), axis.double(), item]))
         self.images += len(batch)
         self.waited += waited
         if self.flops is not None:
-            height, width = (8 * side for side in batch.latents.shape[2:])
-            self.shapes[height, width, batch.context.shape[1]] += len(batch)
+            self.shapes[batch.canvas] += len(batch)
 
     def add_grad_norm(self, norm: Tensor) -> None:
         """The gradient's norm before clipping, a scalar on the device."""
@@ -162,15 +161,10 @@ class Meter:
                 "a run with a lower optimizer.lr or with precision=fp32."
             )
 
-    def collect(self) -> None:
-        """Bring all ranks' rows together for `state_dict`, which the first rank alone calls. Call it on every rank."""
-        if self.world > 1:
-            self.collected = [self.gather(row.T.contiguous()) for row in self.rows]
-
     def state_dict(self) -> dict[str, Any]:
-        """What has been collected, so that a resumed run reports the same means."""
-        rows = self.collected if self.world > 1 else [row.T.contiguous() for row in self.rows]
-        return {"rows": rows, "norms": [*self.norms]}
+        """Collective. The rows of all ranks since the last report, so that a resumed run reports the same means."""
+        rows = [row.T.contiguous() for row in self.rows]
+        return {"rows": [self.gather(row) for row in rows] if self.world > 1 else rows, "norms": [*self.norms]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clear()

@@ -21,6 +21,7 @@ from nai_xl.data.cache import content_key
 from nai_xl.data.index import Item
 from nai_xl.data.loader import Encoded, LatentRef
 from nai_xl.data.plan import by_bucket
+from nai_xl.diffusion.denoiser import predict
 from nai_xl.engine.meter import bands
 from nai_xl.errors import UserError
 from nai_xl.evals.painter import Studio
@@ -66,6 +67,8 @@ class ValLoss:
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
         """Measure, write the values of each image, and return their means."""
+        if self.timesteps > len(studio.schedule):
+            raise UserError(f"evals.val_loss.timesteps={self.timesteps}: the schedule has only {len(studio.schedule)}")
         with studio.ema.swapped_in():
             rows = [row for some in self._batches(studio.encoded) for row in self._measure(some, studio)]
         edges = bands(len(studio.schedule))
@@ -103,14 +106,13 @@ class ValLoss:
         pairs = [encoded.condition(item.caption) for item, _ in some]
         context, pooled = (torch.stack(tensors).to(device) for tensors in zip(*pairs, strict=True))
         time_ids = torch.tensor([ref.placement.time_ids(item.size) for item, ref in some], device=device)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
         std = encoded.std.to(device)
         rows: Rows = []
         for number, t in self._levels(schedule).items():
             level = schedule.at(t.to(device).expand(len(some)))
             noise = torch.stack([self.noise(name, number, x0.shape[1:]) for name in names]).to(device)
             xt = schedule.add_noise(x0, noise, level)
-            out = studio.denoise(xt, level.t, context, added_cond_kwargs=added, return_dict=False)[0].float()
+            out = predict(studio.denoise, xt, level.t, context, pooled, time_ids).float()
             target = studio.parameterization.target(x0, noise, level)
             clean = studio.parameterization.to_x0(xt, out, level)
             raw = _squared(std * clean, std * x0)  # the means cancel

@@ -26,6 +26,8 @@ class GradientCheckpointing:
     (nn.Module.compile), before or after, are recomputed as compiled.
     """
 
+    changes_weights: ClassVar[bool] = False  # by roundings at most
+
     blocks: Literal["all", "transformer", "ff"] = "all"
     # The same kernels on the same inputs: the loss is equal to the bit. The gradient of what a skip connection carries
     # is a sum of three, of which a recomputed block adds its own two first.

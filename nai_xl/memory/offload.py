@@ -29,6 +29,8 @@ class OffloadActivations:
     copies without making the host wait. Copies queue behind the computation on its own stream. On a CPU nothing moves.
     """
 
+    changes_weights: ClassVar[bool] = False  # by roundings at most
+
     min_bytes: Annotated[int, Field(ge=1)] = 1 << 20
     tolerance: ClassVar[float] = 0.0  # bytes go and come back
 

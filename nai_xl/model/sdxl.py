@@ -29,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers.utils import logging as transformers_logging
 
 from nai_xl.errors import UserError
+from nai_xl.interfaces import declare
 
 SDXL_BASE = Path(__file__).parent.parent / "assets" / "sdxl"
 """The config folder of SDXL base 1.0: component configs, and the CLIP vocabulary for both tokenizers."""
@@ -72,6 +73,7 @@ class Components:
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
 
 
+@declare(without_effect=("config",))
 def load_sdxl(path: Path, *, config: Path | None = None) -> Components:
     """Read an SDXL model as float32, on the CPU, in eval mode.
 

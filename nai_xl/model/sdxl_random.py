@@ -8,11 +8,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from nai_xl.interfaces import declare
 from nai_xl.model.sdxl import SDXL_BASE, Components, _check_parts, _load_tokenizers, _read_json, _text_config
 
 OPTION = "model.config"
 
 
+@declare(without_effect=("config",))
 def sdxl_random(*, seed: int, config: Path | None = None) -> Components:
     """Every part of an SDXL model with weights drawn from `seed`, float32, on the CPU, in eval mode.
 

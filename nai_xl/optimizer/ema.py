@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class StandardEma:
-    """shadow = d shadow + (1 - d) weights after every optimizer step n, with d = min(decay, (1 + n) / (10 + n)).
+    """The average of `parameters`, name -> weight: those that this process keeps.
+
+    shadow = d shadow + (1 - d) weights after every optimizer step n, with d = min(decay, (1 + n) / (10 + n)).
 
     The warm-up (TensorFlow's ExponentialMovingAverage) keeps short runs from staying at the initial weights.
 
@@ -24,21 +26,23 @@ class StandardEma:
     while training goes on; null keeps it beside the model.
     """
 
+    without_effect: ClassVar[tuple[str, ...]] = ("device",)
+
     def __init__(
         self,
-        model: nn.Module,
+        parameters: Mapping[str, Tensor],
         *,
         decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999,
         every: Annotated[int, Field(ge=1)] = 1,
         device: Literal["cpu"] | None = None,
     ):
         self.decay, self.every = decay, every
-        self.live = dict(model.named_parameters())
+        self.live = dict(parameters)
         self.shadow = {
             name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self.live.items()
         }
         self.pairs: tuple[list[Tensor], list[Tensor]] = [*self.shadow.values()], [*self.live.values()]
-        self.away = _Away(self.pairs[1]) if device else None
+        self.on_host = HostCopies(self.pairs[1]) if device else None
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 1, if its turn has come."""
@@ -48,15 +52,15 @@ class StandardEma:
         last = range(step if early else step - self.every + 1, step + 1)
         share = 1 - math.prod(min(self.decay, (1 + n) / (10 + n)) for n in last)
         shadow, live = self.pairs
-        if self.away:
-            self.away.take_in(shadow, share)
+        if self.on_host:
+            self.on_host.take_in(shadow, share)
         else:
             _lerp(shadow, live, share)
 
     def averages(self) -> dict[str, Tensor]:
         """Parameter name -> averaged weight, float32."""
-        if self.away:
-            self.away.wait()
+        if self.on_host:
+            self.on_host.wait()
         return self.shadow
 
     @contextmanager
@@ -90,7 +94,7 @@ def _lerp(shadow: list[Tensor], live: list[Tensor], share: float) -> None:
             average.lerp_(weight.float(), share)
 
 
-class _Away:
+class HostCopies:
     """Copies weights to main memory and takes them into an average there, beside the training."""
 
     def __init__(self, live: list[Tensor]):
@@ -128,8 +132,8 @@ class _Away:
 class NoEma:
     """No average: evaluation and export take the trained weights."""
 
-    def __init__(self, model: nn.Module):
-        self.live = dict(model.named_parameters())
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self.live = dict(parameters)
 
     def update(self, step: int) -> None:
         pass
@@ -149,6 +153,6 @@ class NoEma:
 
 
 @torch.no_grad()
-def _copy_into(target: dict[str, nn.Parameter], source: dict[str, Tensor]) -> None:
+def _copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     for name, parameter in target.items():
         parameter.copy_(source[name])

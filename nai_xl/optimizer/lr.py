@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from nai_xl.interfaces import declare
+
 
 class HasGroups(Protocol):
     """An optimizer, or several seen as one."""
@@ -18,6 +20,7 @@ def _warm(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1))
 
 
+@declare(open_ended=True)
 def constant(step: int, total: int, *, warmup: int = 0) -> float:
     """1 after `warmup` steps of linear rise."""
     return _warm(step, warmup)

@@ -6,17 +6,15 @@ Nothing here waits for the device: norms and verdicts stay tensors, and the mete
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from nai_xl.errors import UserError
-from nai_xl.optimizer.stochastic import StochasticOptimizer, keep_layout
+from nai_xl.optimizer.stochastic import keep_layout
 
 
 class Update(Protocol):
@@ -27,20 +25,37 @@ class Update(Protocol):
         ...
 
 
+class Clipper(Protocol):
+    """What an update needs of a distributed strategy (distributed/strategy.py)."""
+
+    whole: bool
+
+    @property
+    def scaler(self) -> Any: ...
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor: ...
+
+
 class WholeUpdate:
-    """The usual update: the norm of the whole gradient, at most `max_grad_norm`, decides before any weight moves."""
+    """The usual update: the norm of the whole gradient, at most `max_grad_norm`, decides before any weight moves.
+
+    `optimizer` is the one to step, as the strategy has wrapped it, and `inner` the one inside. `parameters` are
+    clipped; others of the optimizer, such as a learned weighting's, are not.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], max_grad_norm: float
+        self,
+        strategy: Clipper,
+        optimizer: Any,
+        inner: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        max_grad_norm: float,
     ):
-        self.accelerator, self.optimizer, self.max_grad_norm = accelerator, optimizer, max_grad_norm
+        self.strategy, self.optimizer, self.inner, self.max_grad_norm = strategy, optimizer, inner, max_grad_norm
         self.parameters = list(parameters)
-        self.inner = getattr(optimizer, "optimizer", optimizer)
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         clipped = {id(p) for p in self.parameters}
-        others = any(id(p) not in clipped for group in self.inner.param_groups for p in group["params"])
+        others = any(id(p) not in clipped for group in inner.param_groups for p in group["params"])
         # grad_scale holds for every parameter of the optimizer, so those outside the clip must not be there
-        self.folds = _takes_scale(self.inner) and accelerator.scaler is None and not sharded and not others
+        self.folds = takes_scale(inner) and strategy.scaler is None and strategy.whole and not others
 
     def __call__(self) -> Tensor:
         norm = self._fold_clip() if self.folds else self._clip()
@@ -51,16 +66,16 @@ class WholeUpdate:
     def _fold_clip(self) -> Tensor:
         """Leave the division to the optimizer's kernel, which reads the gradient anyway: one pass over it less."""
         norm = _norm([p.grad for p in self.parameters if p.grad is not None])
-        self.inner.grad_scale = (norm / self.max_grad_norm).clamp(min=1.0)
-        self.inner.found_inf = _found_inf(norm)
+        self.inner.grad_scale = (norm / self.max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.inner.found_inf = _found_inf(norm)  # type: ignore[attr-defined]
         return norm
 
     def _clip(self) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if self.accelerator.scaler is not None:
+        norm = self.strategy.clip(self.parameters, self.max_grad_norm)
+        if self.strategy.scaler is not None:
             return norm  # fp16: the scaler skips such steps itself while it looks for a scale
-        if _takes_scale(self.inner):
-            self.inner.found_inf = _found_inf(norm)
+        if takes_scale(self.inner):
+            self.inner.found_inf = _found_inf(norm)  # type: ignore[attr-defined]
         elif not norm.isfinite():  # the one wait for the device in a step, for optimizers that cannot skip by a tensor
             self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -79,17 +94,21 @@ class UpdateInBackward:
     """
 
     def __init__(
-        self, make: Callable[..., Any], model: nn.Module, max_grad_norm: float, free: Sequence[dict[str, Any]] = ()
+        self,
+        make: Callable[..., Any],
+        parameters: Mapping[str, nn.Parameter],
+        max_grad_norm: float,
+        free: Sequence[dict[str, Any]] = (),
     ):
-        blocks = blocks_of(model)
+        blocks = blocks_of(parameters)
         groups = [*([{"params": list(block)}] for block in blocks), *([group] for group in free)]
         self.blocks = [[p for group in block for p in group["params"]] for block in groups]
         self.limits = [max_grad_norm] * len(blocks) + [float("inf")] * len(free)
         self.optimizers = [make(params=block) for block in groups]
         for number, optimizer in enumerate(self.optimizers):
             keep_layout(optimizer)
-            if isinstance(optimizer, StochasticOptimizer):  # or equal places in two blocks would share random bits
-                optimizer.first_number = sum(map(len, self.blocks[:number]))
+            # ours that round stochastically number their parameters: equal places in two blocks must not share bits
+            optimizer.first_number = sum(map(len, self.blocks[:number]))
         self.waiting = [0] * len(groups)
         self._begin()
         for number, block in enumerate(self.blocks):
@@ -138,7 +157,7 @@ class UpdateInBackward:
             self.norms.append(norm)
         self.bad = _found_inf(norm) if self.bad is None else torch.maximum(self.bad, _found_inf(norm))
         scale = (norm / limit).clamp(min=1.0)
-        if _takes_scale(optimizer):
+        if takes_scale(optimizer):
             optimizer.grad_scale, optimizer.found_inf = scale, self.bad
         else:
             torch._foreach_div_(gradients, scale)
@@ -178,17 +197,20 @@ class OptimizerInBackward:
             )
 
 
-def blocks_of(model: nn.Module) -> list[list[nn.Parameter]]:
+def blocks_of(parameters: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:
     """A UNet's parameters by transformer block and ResNet block; the others by the part of the UNet they are in."""
     blocks: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         inner = re.match(r".*(transformer_blocks|resnets)\.\d+(?=\.)", name)
         blocks.setdefault(inner[0] if inner else name.split(".")[0], []).append(parameter)
     return list(blocks.values())
 
 
-def _takes_scale(optimizer: Any) -> bool:
-    """Whether its kernel divides by `grad_scale` and skips by `found_inf`, as torch's fused optimizers do."""
+def takes_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its kernel divides by `grad_scale` and skips by `found_inf`, as torch's fused optimizers do.
+
+    The attribute is torch's own protocol: torch.amp.GradScaler asks for it in just this way.
+    """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
     return all(group.get("fused", True) for group in optimizer.param_groups)

@@ -277,7 +277,7 @@ class Rehearsal:
             unet._apply(lambda t: torch.empty_like(t, device="cpu"))
         parameters = list(unet.parameters())
         weights = live.add_weights(parameters)
-        average = self.average(model=unet) if self.average else None
+        average = self.average(parameters=dict(unet.named_parameters())) if self.average else None
         ema = live.live - weights
         given = inputs(unet, micro.batch, micro.height, micro.width, tokens=micro.tokens, device="cpu")
         with_inputs = live.live
@@ -300,7 +300,7 @@ class Rehearsal:
 
     def _update(self, unet: nn.Module) -> UpdateInBackward | Whole:
         if any(isinstance(action, OptimizerInBackward) for action in self.actions):
-            return UpdateInBackward(self.optimizer, unet, self.max_grad_norm)
+            return UpdateInBackward(self.optimizer, dict(unet.named_parameters()), self.max_grad_norm)
         return Whole(self.optimizer(params=[{"params": list(unet.parameters())}]), self.max_grad_norm)
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from rich.text import Text
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
 from nai_xl.engine.meter import peak_memory_gib
-from nai_xl.interfaces import Batch, Tracker
+from nai_xl.interfaces import Samples, Tracker
 from nai_xl.profiler.trace import COMMUNICATION, COMPUTE, DATA, HOST, IDLE, MEMORY, STEP, WAIT, Summary, summarise
 
 Steps = Annotated[int, Field(ge=0)]
@@ -54,7 +54,7 @@ class NoProfiler:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         pass
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterable[Samples]) -> Iterator[Samples]:
         return iter(batches)
 
     def step(self, number: int) -> None:
@@ -68,6 +68,8 @@ class Profiler(NoProfiler):
 
     A step is the time from its first batch to the end of its report; checkpoints and evaluation are left out.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class Profiler(NoProfiler):
         self.done |= kind is not None
         self.torch.stop()
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterable[Samples]) -> Iterator[Samples]:
         """The same batches, with marks in the trace where a step begins and while it waits for them."""
         source = iter(batches)
         while not self.done:

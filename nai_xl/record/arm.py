@@ -1,18 +1,19 @@
-"""arm.json: what became of a run and, where it is an arm of a sweep, of which. Written under the run's lock."""
+"""arm.json: what became of a run, and which arm of which sweep it is. Written by whoever holds the run's lock."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from nai_xl.errors import UserError, with_kind
-from nai_xl.files import write_atomically
+from nai_xl.record.json_file import Damaged, read_json, write_json
 from nai_xl.record.run_dir import RunDirectory
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
@@ -20,17 +21,17 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
 
 @dataclass(frozen=True)
 class Arm:
-    """The content of arm.json. `arm` holds the swept keys' values without the seed, {} outside of a sweep.
+    """The content of arm.json. `arm` holds the values of the swept keys without the seed; {} outside of a sweep.
 
-    `sweeps`: every sweep that the run has been an arm of, name -> its `arm` there; `sweep` is the last of them.
-    `seconds` adds up over interruptions; `steps` and `images` count from the run's beginning. `epochs` is run.epochs,
-    where that says how long to train.
+    sweeps: every sweep that the run has been an arm of, name -> its `arm` there; `sweep` is the last of them.
+    seconds: the time spent on training, over all interruptions. steps, images: counted from the run's beginning.
+    epochs: run.epochs, where that says how long to train.
     """
 
-    sweep: str | None
-    arm: Mapping[str, Any]
-    seed: int
-    signature: str
+    sweep: str | None = None
+    arm: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    signature: str = ""
     status: Status = "RUNNING"
     error: str | None = None
     seconds: float = 0.0
@@ -51,41 +52,49 @@ class Arm:
 
 
 def label(arm: Mapping[str, Any]) -> str:
-    """'schedule=ztsnr,loss=minsnr'; a number that a search drew in six digits."""
+    """'schedule=ztsnr,loss=minsnr'; floats, which a search may have drawn, have six digits."""
     return ",".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in arm.items()
     )
 
 
+_ARM = TypeAdapter(Arm)
+
+
 def read_arm(run_dir: Path) -> Arm | None:
-    """What the run's arm.json says; None where there is none."""
+    """The content of the run's arm.json; None where there is none. Keys that Arm does not have are left out.
+
+    Raises Damaged.
+    """
+    return read_json(RunDirectory(run_dir).arm, _ARM, "train that run again, or remove the file")
+
+
+def arm_so_far(run_dir: Path) -> Arm | None:
+    """read_arm for whoever is about to write the file: a damaged one counts as missing, since it is replaced."""
     try:
-        content = json.loads((run_dir / "arm.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_arm(run_dir)
+    except Damaged:
         return None
-    known = {field.name for field in fields(Arm)}
-    return Arm(**{key: value for key, value in content.items() if key in known})
 
 
 def write_arm(run_dir: Path, arm: Arm) -> None:
-    """Write arm.json in one piece. Memberships of other sweeps that it records are kept."""
-    before = read_arm(run_dir)
+    """Replace arm.json, whole. The other sweeps that it names are kept."""
+    before = arm_so_far(run_dir)
     here = {arm.sweep: dict(arm.arm)} if arm.sweep else {}
     arm = replace(arm, sweeps={**(before.sweeps if before else {}), **here})
-    text = json.dumps(asdict(arm), indent=2, default=str)
-    write_atomically(run_dir / "arm.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_json(RunDirectory(run_dir).arm, asdict(arm))
 
 
-class ArmNote:
-    """Keeps arm.json up while a run goes on, on its first process. A context manager around everything the run does.
+class ArmRecord:
+    """Keeps arm.json up to date while a run goes on. A context manager around everything that the run does.
 
-    What another process is training is left alone, and so is a folder that cannot be written. A run outside of any
-    sweep that fails before training leaves no trace.
+    Only the first process writes. It does not write while another process trains the run, nor where the directory
+    cannot be written. A run outside of any sweep that fails before training leaves no trace.
     """
 
     def __init__(self, home: RunDirectory, arm: Arm):
         self.home = home
-        before = read_arm(home.path)
+        before = arm_so_far(home.path)
         self.arm = replace(arm, seconds=before.seconds, steps=before.steps, images=before.images) if before else arm
         self.began: float | None = None
         self.first = os.environ.get("RANK", "0") == "0"
@@ -99,7 +108,7 @@ class ArmNote:
         """How far the run is; written with its next status."""
         self.arm = replace(self.arm, steps=step, images=step * images_per_step)
 
-    def __enter__(self) -> ArmNote:
+    def __enter__(self) -> ArmRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -109,46 +118,17 @@ class ArmNote:
             self.end(status, None if error is None or stopped else with_kind(error))
 
     def adopt(self, found: Arm) -> None:
-        """Make a run that another sweep, or none, has trained an arm of this one too."""
+        """Make a run that another sweep, or none, has trained an arm of this sweep too."""
         if self.arm.sweep is not None and (found.sweep, found.arm) != (self.arm.sweep, self.arm.arm):
             self._write(replace(found, sweep=self.arm.sweep, arm=self.arm.arm))
 
     def end(self, status: Status, error: str | None = None) -> None:
-        """Record what became of the run, unless another process has it in hand."""
+        """Record what became of the run, unless another process is training it."""
         seconds = self.arm.seconds + (time.monotonic() - self.began if self.began is not None else 0)
         self._write(replace(self.arm, status=status, error=error, seconds=round(seconds, 1)))
 
     def _write(self, arm: Arm) -> None:
         with suppress(UserError):
             self.home.create()
-            with self.home.lock():
+            with self.home.locked():
                 write_arm(self.home.path, arm)
-
-
-# --- what a run has measured ------------------------------------------------------------------------------------------
-
-
-def last_value(run_dir: Path, name: str) -> float | None:
-    """The newest value of a metric in metrics.jsonl; None where there is none."""
-    return next((float(row[name]) for row in reversed(_rows(run_dir)) if name in row), None)
-
-
-def last_step(run_dir: Path) -> int:
-    """The last optimizer step that metrics.jsonl tells of; 0 where there is none."""
-    return max((int(row["step"]) for row in _rows(run_dir)), default=0)
-
-
-def objective(run_dir: Path) -> float | None:
-    """What a search minimises: the last val/loss, or train/loss where nothing is validated."""
-    validated = last_value(run_dir, "val/loss")
-    return last_value(run_dir, "train/loss") if validated is None else validated
-
-
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, less a line cut short by a crash."""
-    rows = []
-    with suppress(FileNotFoundError):
-        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows

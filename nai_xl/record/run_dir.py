@@ -1,51 +1,122 @@
-"""The run directory: what belongs to one run, and whether it may be continued."""
+"""The run directory: the place of each of its files, the lock of whoever trains it, and the data it was begun with."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from nai_xl.errors import UserError
+from nai_xl.record.json_file import read_json, write_json
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The content of run.json: the fingerprint of the data that the run was begun with, and how many images."""
+
+    data: str
+    images: int
+
+
+_TRAINED_ON = TypeAdapter(TrainedOn)
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """`path` holds config.yaml, run.json, latents.json, metrics.jsonl, skipped.csv, checkpoints/, samples/ and at last
-    pipeline/.
+    """The files of one run. Only the modules of this package, and trackers for their own files, read or write them.
+
+    config.yaml, params.json     what was asked for (record.config)
+    arm.json                     what became of the run (record.arm)
+    metrics.jsonl, outbox.jsonl  what the run reported (record.journal, record.metrics)
+    items/                       what evaluations measured on single items (record.items)
+    run.json, latents.json       the data that the run began with, and the statistics of their latents
+    skipped.csv                  images that could not be used
+    log.txt                      the output of an arm that a sweep has trained
+    checkpoints/ samples/ profile/ pipeline/
     """
 
     path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def params(self) -> Path:
+        return self.path / "params.json"
+
+    @property
+    def arm(self) -> Path:
+        return self.path / "arm.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def outbox(self) -> Path:
+        return self.path / "outbox.jsonl"
+
+    @property
+    def items(self) -> Path:
+        return self.path / "items"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def latents(self) -> Path:
+        """mean and std by which the run has normalised its latents from the beginning."""
+        return self.path / "latents.json"
+
+    @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.csv"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @property
-    def latents(self) -> Path:
-        """mean and std that the run's latents are normalised by, from its beginning."""
-        return self.path / "latents.json"
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def pipeline(self) -> Path:
         return self.path / "pipeline"
 
+    def newest_samples(self) -> list[Path]:
+        """The last sample grid, if there is one."""
+        return sorted((self.path / "samples").glob("*.png"))[-1:]
+
     def create(self) -> None:
-        """Raises UserError where it cannot be written."""
+        """Raises UserError when the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
-            probe.unlink(missing_ok=True)  # several processes look at once
+            probe.unlink(missing_ok=True)  # several processes may probe at once
         except OSError as error:
             raise UserError(
                 f"output_dir={self.path.parent} cannot be written ({error.strerror}); set output_dir=DIR"
             ) from error
 
-    def lock(self) -> FileLock:
-        """Held while the run trains. Raises UserError when another process holds it."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run's lock. Raises UserError when another process holds it."""
         lock = FileLock(str(self.path / ".lock"))
         try:
             lock.acquire(timeout=0)
@@ -53,17 +124,18 @@ class RunDirectory:
             raise UserError(
                 f"{self.path} is being trained by another process; set name=NAME for a second run"
             ) from error
-        return lock
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim_data(self, fingerprint: str, images: int) -> None:
-        """Note the data the run is trained on. Raises UserError when it began with other data."""
-        note = self.path / "run.json"
-        if not note.exists():
-            note.write_text(json.dumps({"data": fingerprint, "images": images}))
-            return
-        began = json.loads(note.read_text())
-        if began["data"] != fingerprint:
+        """Note which data the run is trained on. Raises UserError when it was begun with other data."""
+        before = read_json(self.data, _TRAINED_ON, "remove the file if the data are still those of the run")
+        if before is None:
+            write_json(self.data, asdict(TrainedOn(fingerprint, images)))
+        elif before.data != fingerprint:
             raise UserError(
-                f"the data have changed since {self.path.name} began ({began['images']} images then, {images} now, or "
+                f"the data have changed since {self.path.name} began ({before.images} images then, {images} now, or "
                 "other captions). Set name=NAME to begin a new run, or bring the data back to continue this one."
             )

@@ -42,12 +42,11 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def read_config(run: Path) -> DictConfig:
     """The config that `run` was trained with. Raises UserError when `run` is no run or does not fit this package."""
     try:
-        cfg = OmegaConf.load(run / "config.yaml")
+        cfg = config.stored_config(run)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run}: no run here (no config.yaml); give a folder that nai_xl.train has made") from error
-    if not isinstance(cfg, DictConfig) or (lacking := [key for key in NEEDED if key not in cfg]):
-        what = f"lacks {', '.join(lacking)}" if isinstance(cfg, DictConfig) else "is no config"
-        raise UserError(f"{run / 'config.yaml'} {what}; give a folder that nai_xl.train has made")
+    if lacking := [key for key in NEEDED if key not in cfg]:
+        raise UserError(f"{run / 'config.yaml'} lacks {', '.join(lacking)}; give a folder that nai_xl.train has made")
     config.check(OmegaConf.masked_copy(cfg, NEEDED))
     return cfg
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +21,8 @@ from pydantic import Field
 from nai_xl import config
 from nai_xl.engine.loop import Stop
 from nai_xl.errors import UserError, one_line
-from nai_xl.record.arm import Arm, ArmNote, Status, label, last_step, last_value, objective, read_arm
+from nai_xl.record.arm import Arm, ArmRecord, Status, arm_so_far, label
+from nai_xl.record.metrics import last_step, last_value, objective
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.board import Board, Row, print_table, tail
 from nai_xl.sweep.processes import Running, Task, run_all
@@ -43,6 +44,8 @@ class SweepSettings:
     on this machine. processes: of each arm, one on each GPU; null is 1 with distributed=none, else the arm's share of
     the GPUs.
     """
+
+    changes_weights: ClassVar[bool] = False
 
     name: str | None = None
     question: str | None = None
@@ -70,7 +73,7 @@ class Member:
     """One arm of the sweep under way, `command` to train it alone, and what has become of it."""
 
     cfg: DictConfig
-    note: ArmNote
+    note: ArmRecord
     command: Sequence[str] = ()
     processes: int = 1
     status: str = "not started"
@@ -87,10 +90,10 @@ class Member:
         return label({**self.note.arm.arm, **seed}) or self.path.name
 
     def task(self) -> Task:
-        return Task(self.command, self.path / "log.txt", workers=self.processes > 1)
+        return Task(self.command, self.note.home.log, workers=self.processes > 1)
 
     def row(self) -> Row:
-        arm = read_arm(self.path) if self.status != "not started" else None
+        arm = arm_so_far(self.path) if self.status != "not started" else None
         steps, seconds = (arm.steps, arm.seconds) if arm else (0, 0.0)
         loss = last_value(self.path, "train/loss") if arm else None
         # `python` for this program's own: what a person types, in the environment that is active
@@ -164,15 +167,16 @@ class Sweep:
         """The arm, finished or refused already where it is."""
         cfg, choices, overrides = config.opened(composed)
         home = RunDirectory(config.run_dir(cfg, choices))
-        member = Member(cfg, ArmNote(home, arm_of(cfg, config.arm(cfg, overrides))))
-        found = read_arm(home.path)
+        member = Member(cfg, ArmRecord(home, arm_of(cfg, config.arm(cfg, overrides))))
+        found = arm_so_far(home.path)
         run = cfg.run
         if found and home.pipeline.is_dir() and found.finished(max_images=run.max_images, epochs=run.epochs):
             member.note.adopt(found)
             member.status = "FINISHED"
             return member
         try:
-            config.check(cfg)  # names and types; what else is wrong is told by the arm, which may end as it likes
+            # names and types; what else is wrong is told by the arm, which may end as it likes
+            config.check(cfg, choices=choices)
             member.processes = settings.processes_of(cfg, gpus)
         except UserError as error:
             member.status, member.error = "FAILED", one_line(error)
@@ -200,12 +204,12 @@ class Watching:
 
     def begun(self, running: Running) -> None:
         member = self.due[running.number]
-        member.status, member.before = "RUNNING", read_arm(member.path)
+        member.status, member.before = "RUNNING", arm_so_far(member.path)
         self._say(member, f"begins, output in {running.task.log}")
 
     def ended(self, running: Running, code: int) -> None:
         member = self.due[running.number]
-        found = read_arm(member.path)
+        found = arm_so_far(member.path)
         if code == 0 and found and found.status == "FINISHED":
             member.status = "FINISHED"
         elif found and found != member.before and found.status in ("FAILED", "STOPPED"):

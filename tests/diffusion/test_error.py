@@ -18,7 +18,7 @@ from nai_xl.diffusion import loss, timesteps
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.errors import UserError
+from nai_xl.errors import ChoiceError
 from nai_xl.interfaces import PointwiseError
 
 SCHEDULE = ztsnr(scaled_linear())
@@ -119,5 +119,5 @@ def test_half_precision_prediction_gives_a_single_precision_error(name: str) -> 
     ],
 )
 def test_threshold_without_meaning_is_refused_before_anything_is_loaded(error: PointwiseError, name: str) -> None:
-    with pytest.raises(UserError, match=rf"error\.{name}="):
+    with pytest.raises(ChoiceError, match=rf"^error\.{name}=.*: must be positive and finite"):
         Objective(SCHEDULE, V(), timesteps.uniform, loss.uniform, error)

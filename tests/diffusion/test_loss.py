@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from nai_xl.diffusion import loss, timesteps
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.errors import UserError
+from nai_xl.errors import ChoiceError
 from nai_xl.interfaces import Parameterization, Schedule, Weighting
 
 ALL = torch.arange(1000)
@@ -121,13 +122,18 @@ def test_soft_min_snr_stays_below_min_snr_and_meets_it_at_both_ends() -> None:
 @pytest.mark.parametrize(
     ("option", "wrong"),
     [("minsnr", {"gamma": 0.0}), ("minsnr_plus_one", {"gamma": -1.0}), ("soft_minsnr", {"gamma": float("inf")}),
-     ("p2", {"k": 0.0}), ("p2", {"gamma": -1.0}), ("edm", {"sigma_data": 0.0}), ("uncertainty", {"features": 0}),
-     ("uncertainty", {"lr": 0.0})],
+     ("p2", {"k": 0.0}), ("p2", {"gamma": -1.0}), ("edm", {"sigma_data": 0.0})],
 )  # fmt: skip
 def test_constant_without_meaning_is_refused_by_name(option: str, wrong: dict[str, float]) -> None:
     node = OmegaConf.merge(OmegaConf.load(config.conf_dir() / "loss" / f"{option}.yaml"), wrong)
-    with pytest.raises(UserError, match=rf"loss\.{next(iter(wrong))}="):
+    with pytest.raises(ChoiceError, match=rf"^weighting\.{next(iter(wrong))}=.*: must be positive and finite"):
         Objective(FINITE, V(), timesteps.uniform, config.build(node))
+
+
+@pytest.mark.parametrize("wrong", [{"features": 0}, {"lr": 0.0}])
+def test_uncertainty_is_refused_with_a_constant_without_meaning(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(wrong))}=0"):
+        loss.Uncertainty(**wrong)
 
 
 def test_published_min_snr_never_trains_the_terminal_step_and_plus_one_does() -> None:

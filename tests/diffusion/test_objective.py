@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nai_xl.diffusion import error, loss, timesteps
-from nai_xl.diffusion.objective import Objective
+from nai_xl.diffusion.objective import Misfit, Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import TableSchedule, scaled_linear, ztsnr
-from nai_xl.errors import UserError
+from nai_xl.errors import ChoiceError
 from nai_xl.interfaces import Batch, NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
 
 FINITE, ZERO_TERMINAL = scaled_linear(), ztsnr(scaled_linear())
@@ -104,8 +104,8 @@ def test_half_precision_prediction_gives_a_single_precision_loss() -> None:
     assert losses.dtype == torch.float32
 
 
-def test_epsilon_on_a_zero_terminal_schedule_is_refused_with_the_overrides_that_mend_it() -> None:
-    with pytest.raises(UserError, match=r"parameterization=v.*schedule=scaled_linear"):
+def test_epsilon_on_a_zero_terminal_schedule_is_refused() -> None:
+    with pytest.raises(Misfit, match=r"^parameterization=epsilon is undefined on a schedule that ends at zero SNR"):
         Objective(ZERO_TERMINAL, Epsilon(), timesteps.uniform, loss.uniform)
     for schedule, p in ((FINITE, Epsilon()), (ZERO_TERMINAL, V()), (ZERO_TERMINAL, Sample())):
         Objective(schedule, p, timesteps.uniform, loss.uniform)
@@ -127,13 +127,24 @@ def test_weight_that_is_infinite_or_negative_somewhere_is_refused() -> None:
     def nothing(level: NoiseLevel, p: Parameterization) -> Tensor:
         return 0 * level.alpha
 
-    with pytest.raises(UserError, match=r"timestep 999 is inf.*loss=uniform.*schedule=scaled_linear"):
+    with pytest.raises(Misfit, match=r"^weighting: the value at timestep 999 is inf"):
         Objective(ZERO_TERMINAL, V(), timesteps.uniform, ratio)
     Objective(FINITE, V(), timesteps.uniform, ratio)
-    with pytest.raises(UserError, match="loss: the value at timestep"):
+    with pytest.raises(Misfit, match=r"^weighting: the value at timestep"):
         Objective(FINITE, V(), timesteps.uniform, negative)
-    with pytest.raises(UserError, match="0 at every timestep"):
+    with pytest.raises(Misfit, match=r"^weighting: .*0 at every timestep"):
         Objective(FINITE, V(), timesteps.uniform, nothing)
+
+
+def test_a_choice_that_refuses_the_schedule_is_named() -> None:
+    def never(u: Tensor, schedule: Schedule) -> Tensor:
+        raise ValueError("cap=3: must be even")
+
+    with pytest.raises(ChoiceError, match=r"^timesteps\.cap=3: must be even") as told:
+        Objective(FINITE, V(), never, loss.uniform)
+    assert told.value.choice == "timesteps" and not isinstance(told.value, Misfit)
+    with pytest.raises(ChoiceError, match=r"^timesteps\.steps=1001: the schedule has only 1000 timesteps"):
+        Objective(FINITE, V(), timesteps.InferenceGrid(1001), loss.uniform)
 
 
 def test_error_function_takes_the_place_of_the_squared_error() -> None:

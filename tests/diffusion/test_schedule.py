@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nai_xl.diffusion.schedule import TableSchedule, cosine, high_sigma, scaled_linear, shifted, ztsnr
-from nai_xl.errors import UserError
 from nai_xl.interfaces import Schedule
 
 ALL = torch.arange(1000)
@@ -96,7 +95,7 @@ def test_any_number_of_steps_falls_strictly_from_the_last_timestep(steps: int) -
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_number_of_steps_is_refused(steps: int) -> None:
-    with pytest.raises(UserError, match="1000"):
+    with pytest.raises(ValueError, match=r"^steps=.*1000"):
         SCHEDULES["ztsnr"].inference_timesteps(steps)
 
 
@@ -186,7 +185,7 @@ def test_rescaling_any_schedule_keeps_its_start_and_its_order(start: float, fact
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.01), (0.02, 0.01), (0.1, 1.0), (-0.1, 0.1)])
 def test_betas_out_of_order_are_refused(start: float, end: float) -> None:
-    with pytest.raises(UserError, match="beta_start"):
+    with pytest.raises(ValueError, match=r"^beta_start="):
         scaled_linear(beta_start=start, beta_end=end)
 
 
@@ -197,7 +196,7 @@ def test_betas_out_of_order_are_refused(start: float, end: float) -> None:
     ids=["level", "rising", "starts without noise", "ends below zero", "single precision"],
 )  # fmt: skip
 def test_table_that_is_no_schedule_is_refused(table: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="float64, strictly falling"):
+    with pytest.raises(ValueError, match="float64, strictly falling"):
         TableSchedule(table, {})
 
 
@@ -251,18 +250,18 @@ def test_high_sigma_at_the_bases_own_end_is_the_base() -> None:
 
 @pytest.mark.parametrize("sigma_max", [14.0, 0.0, -29.0, math.inf, math.nan])
 def test_high_sigma_below_its_base_or_without_end_is_refused(sigma_max: float) -> None:
-    with pytest.raises(UserError, match=r"schedule\.sigma_max=.*at least 14\.6"):
+    with pytest.raises(ValueError, match=r"^sigma_max=.*at least 14\.6"):
         high_sigma(scaled_linear(), sigma_max=sigma_max)
 
 
 @pytest.mark.parametrize("base", [ztsnr(scaled_linear()), scaled_linear(beta_start=1e-4, beta_end=2e-4), cosine()])
 def test_high_sigma_refuses_a_base_that_it_cannot_continue(base: Schedule) -> None:
-    with pytest.raises(UserError, match=r"schedule\.base"):
+    with pytest.raises(ValueError, match=r"where base ends"):
         high_sigma(base, sigma_max=29)
 
 
 def test_high_sigma_refuses_a_base_that_depends_on_the_canvas() -> None:
-    with pytest.raises(UserError, match="inside shifted"):
+    with pytest.raises(ValueError, match=r"^base: .*inside shifted"):
         high_sigma(shifted(scaled_linear(), resolution=1024))
 
 
@@ -320,7 +319,7 @@ def test_schedules_of_one_table_are_the_same_on_every_canvas() -> None:
 
 @pytest.mark.parametrize("resolution", [0, -1024, math.nan])
 def test_shift_without_a_resolution_is_refused(resolution: float) -> None:
-    with pytest.raises(UserError, match=r"schedule\.resolution="):
+    with pytest.raises(ValueError, match=r"^resolution="):
         shifted(scaled_linear(), resolution=resolution)
 
 
@@ -330,7 +329,7 @@ class NoTable:
 
 @pytest.mark.parametrize("change", [ztsnr, high_sigma, lambda base: shifted(base, resolution=8)])
 def test_base_without_a_table_is_refused(change: Any) -> None:
-    with pytest.raises(UserError, match=r"schedule\.base: .*NoTable has none"):
+    with pytest.raises(ValueError, match=r"^base: .*NoTable has none"):
         change(NoTable())
 
 

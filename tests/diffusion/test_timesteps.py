@@ -1,5 +1,6 @@
 """Timestep samplers against closed forms of their densities."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.diffusion.timesteps import HighNoise, InferenceGrid, LogitNormal, Stratified, density, uniform
-from nai_xl.errors import UserError
-from nai_xl.interfaces import TimestepSampler
+from nai_xl.diffusion.timesteps import HighNoise, InferenceGrid, LogitNormal, Stratified, density, strata_of, uniform
+from nai_xl.interfaces import Schedule, TimestepSampler
 
 SCHEDULE = ztsnr(scaled_linear())
 SAMPLERS: dict[str, TimestepSampler] = {
@@ -85,7 +86,7 @@ def test_inference_grid_is_what_a_trailing_sampler_visits_equally_often(steps: i
 
 
 def test_inference_grid_asks_for_no_more_steps_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"timesteps\.steps=1001"):
+    with pytest.raises(ValueError, match=r"^steps=1001: the schedule has only 1000"):
         InferenceGrid(1001)(torch.zeros(1, dtype=torch.float64), SCHEDULE)
 
 
@@ -100,8 +101,24 @@ def test_inference_grid_asks_for_no_more_steps_than_there_are() -> None:
     ],
 )
 def test_meaningless_parameters_are_refused_when_built(sampler: Any, values: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=rf"timesteps\.{next(iter(values))}="):
+    with pytest.raises(ValueError, match=rf"^{next(iter(values))}="):
         sampler(**values)
+
+
+def test_only_a_sampler_that_says_so_has_its_draws_stratified() -> None:
+    class InPairs:
+        """Somebody else's sampler."""
+
+        def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+            return uniform(u, schedule)
+
+        def strata_for(self, images_per_step: int) -> int | None:
+            return 2 if images_per_step % 2 == 0 else None
+
+    assert strata_of(Stratified(), 12) == 12 and strata_of(Stratified(strata=7), 12) == 7
+    assert strata_of(InPairs(), 12) == 2 and strata_of(InPairs(), 3) is None
+    for sampler in (uniform, functools.partial(uniform), LogitNormal(), HighNoise(), InferenceGrid()):
+        assert strata_of(sampler, 12) is None
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nai_xl.diffusion import loss, timesteps
-from nai_xl.diffusion.objective import Objective
+from nai_xl.diffusion.loss import LearnedWeighting, Uncertainty
+from nai_xl.diffusion.objective import Misfit, Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.diffusion.uncertainty import Uncertainty
-from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, Weighting
+from nai_xl.interfaces import Batch, NoiseLevel, Parameterization, Weighting
 from nai_xl.optimizer.ema import StandardEma
 from tests.diffusion.test_objective import FakeUnet, batch
 from tests.test_distributed import run as launch
@@ -36,6 +35,7 @@ def test_starts_as_its_base_on_every_level(base: Weighting) -> None:
     for p in (V(), Sample()):
         assert torch.equal(learned(LEVEL, p), base(LEVEL, p))
     assert torch.equal(learned.log_variance(LEVEL), torch.zeros(1000))
+    assert torch.equal(learned.penalty(LEVEL), torch.zeros(1000))
 
 
 def test_first_loss_is_the_plain_loss_and_learning_u_moves_no_network_gradient_yet() -> None:
@@ -100,8 +100,55 @@ def test_is_the_objective_s_learned_part_and_no_other_weighting_is() -> None:
 
 
 def test_normalising_what_is_learned_is_refused() -> None:
-    with pytest.raises(UserError, match=r"objective\.normalize_weights=false"):
+    with pytest.raises(Misfit, match=r"^normalize_weights=true has no meaning for a weighting that learns"):
         Objective(ZERO_TERMINAL, V(), timesteps.uniform, Uncertainty(), normalize_weights=True)
+
+
+class OneScale(nn.Module):
+    """A learned weighting of somebody else's that derives from no class of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logarithm = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, level: NoiseLevel, p: Parameterization) -> Tensor:
+        return (-self.logarithm).exp().expand(len(level.t))
+
+    def penalty(self, level: NoiseLevel) -> Tensor:
+        return self.logarithm.expand(len(level.t))
+
+    def parameter_group(self) -> dict[str, Any]:
+        return {"params": [self.logarithm], "lr": 0.3}
+
+
+class WithoutPenalty(LearnedWeighting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, level: NoiseLevel, p: Parameterization) -> Tensor:
+        return self.scale.expand(len(level.t))
+
+
+def test_any_module_with_the_members_of_a_learned_weighting_is_one() -> None:
+    weighting = OneScale()
+    data = batch([0.1, 0.5], weight=[1.0, 3.0])
+    learned = Objective(ZERO_TERMINAL, V(), timesteps.uniform, weighting)
+    plain, _ = Objective(ZERO_TERMINAL, V(), timesteps.uniform, loss.uniform)(FakeUnet(), data)
+    found, _ = learned(FakeUnet(), data)
+    torch.testing.assert_close(found, plain * torch.tensor(-0.5).exp() + 0.5 * data.weight)
+    assert learned.parameter_groups() == [{"params": [weighting.logarithm], "lr": 0.3}]
+    found.mean().backward()
+    assert weighting.logarithm.grad is not None and weighting.logarithm.grad != 0
+
+
+def test_a_learned_weighting_adds_no_penalty_unless_it_says_so() -> None:
+    weighting, data = WithoutPenalty(), batch([0.1, 0.5])
+    learned = Objective(ZERO_TERMINAL, V(), timesteps.uniform, weighting)
+    plain, _ = Objective(ZERO_TERMINAL, V(), timesteps.uniform, loss.uniform)(FakeUnet(), data)
+    assert torch.equal(learned(FakeUnet(), data)[0], 2 * plain)
+    assert learned.parameter_groups() == [{"params": [weighting.scale]}]
+    assert dict(learned.learned.state_dict()).keys() == {"weighting.scale"}
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

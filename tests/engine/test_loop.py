@@ -9,12 +9,13 @@ import torch
 from omegaconf import DictConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nai_xl import train as program
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.schedule import TableSchedule
 from nai_xl.engine import loop
+from nai_xl.engine.hooks import Evaluate, Save
 from nai_xl.engine.meter import Meter
-from nai_xl.train import Job
+from nai_xl.train import train
+from nai_xl.training import session as program
 
 # what makes the host wait for a GPU: reading a value (item, bool, float, tolist) or a data-dependent shape
 WAITING = {"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2"}
@@ -65,7 +66,7 @@ def test_the_counter_sees_what_waits() -> None:
 def test_no_step_waits_for_the_device(
     small: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, choices: list[str]
 ) -> None:
-    waits, read, finish = Waits(), Meter.read, loop._save
+    waits, read = Waits(), Meter.read
 
     def apart(function: Any) -> Any:
         """Reports, checkpoints and evaluation are no part of a step. Reading and the making of tables, one for each
@@ -86,11 +87,11 @@ def test_no_step_waits_for_the_device(
             return loop.train(run, parts, **kwargs)
 
     monkeypatch.setattr(Meter, "read", apart(read))
-    monkeypatch.setattr(loop, "_save", apart(finish))
+    monkeypatch.setattr(Save, "end", apart(Save.end))
     monkeypatch.setattr(TableSchedule, "for_canvas", apart(TableSchedule.for_canvas))
     monkeypatch.setattr(Objective, "expected_weight", apart(Objective.expected_weight))
-    monkeypatch.setattr(Job, "_evaluate", apart(Job._evaluate))
+    monkeypatch.setattr(Evaluate, "__call__", apart(Evaluate.__call__))
     monkeypatch.setattr(program, "train", watched)
-    Job(small("run.max_images=12", "run.log_every=1000", *choices), {}).run()
+    train(small("run.max_images=12", "run.log_every=1000", *choices), {})
     assert waits.operations > 1000
     assert not waits.found

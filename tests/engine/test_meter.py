@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nai_xl.engine.checkpoint import LocalCheckpoints
 from nai_xl.engine.meter import Meter, peak_memory_gib
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, NoiseLevel
+from nai_xl.interfaces import Batch, Losses
 from nai_xl.model.flops import training_flops
 from nai_xl.model.tiny import tiny_sdxl
 
@@ -35,7 +35,7 @@ def add(meter: Meter, losses: list[float], t: list[int], items: list[int] | None
     item = torch.tensor(items or list(range(size)))
     batch = Batch(empty, empty, empty, empty, empty, empty, item, empty, empty)
     batch.position = torch.arange(size)
-    meter.add(torch.tensor(losses), NoiseLevel(torch.tensor(t), empty, empty), batch, waited=waited)
+    meter.add(Losses(torch.tensor(losses), torch.tensor(t)), batch, waited=waited)
 
 
 def filled(seed: int = 0, **kwargs: bool) -> tuple[Meter, np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def test_tflops_are_those_that_torch_counts_in_the_forward_passes_of_every_shape
     for batch in batches:
         now[0] += 0.25
         t = torch.zeros(len(batch))
-        meter.add(t, NoiseLevel(t, t, t), batch, waited=0.0)
+        meter.add(Losses(t, t), batch, waited=0.0)
     meter.add_grad_norm(torch.tensor(1.0))
     values = meter.read(lr=1)
     assert values["perf/tflops"] * 1e12 == pytest.approx(3 * counter.get_total_flops(), rel=1e-9)
@@ -161,7 +161,7 @@ def test_tflops_of_a_linear_layer_are_its_closed_form(shapes: list[tuple[int, in
         for images, height, width, chunks in shapes:
             t = torch.zeros(images)
             batch = shaped(images, 8 * height, 8 * width, tokens=77 * chunks)
-            meter.add(t, NoiseLevel(t, t, t), batch, waited=0.0)
+            meter.add(Losses(t, t), batch, waited=0.0)
         meter.add_grad_norm(torch.tensor(1.0))
         now[0] += 2.0
         values = meter.read(lr=1)
@@ -182,7 +182,7 @@ def test_counting_flops_takes_no_time_from_the_training(monkeypatch: pytest.Monk
     meter = Meter(1000, gather=alone, flops=slow)
     for step in (1, 2):
         batch, t = shaped(4, 64, 64), torch.zeros(4)
-        meter.add(t, NoiseLevel(t, t, t), batch, waited=0.0)
+        meter.add(Losses(t, t), batch, waited=0.0)
         meter.add_grad_norm(torch.tensor(1.0))
         now[0] += 2.0
         # the first report is read as at the end of a run that is continued: it keeps its interval
@@ -226,7 +226,6 @@ def test_resumed_run_reports_the_means_of_the_uninterrupted_one(tmp_path: Path) 
 def test_every_rank_gets_its_own_rows_back() -> None:
     saving = Meter(1000, gather=lambda rows: torch.cat([rows, rows + 1]), world=2)
     add(saving, [1.0, 2.0], [10, 20])
-    saving.collect()
     for rank in (0, 1):
         back = Meter(1000, gather=alone, rank=rank, world=2)
         back.load_state_dict(saving.state_dict())
@@ -258,5 +257,5 @@ def test_losses_are_kept_without_their_graph() -> None:
     weight = torch.ones(2, requires_grad=True)
     empty = torch.zeros(2)
     batch = Batch(empty, empty, empty, empty, empty, torch.arange(2), torch.arange(2), empty, empty)
-    meter.add(weight * 2, NoiseLevel(torch.tensor([0, 1]), empty, empty), batch, waited=0.0)
+    meter.add(Losses(weight * 2, torch.tensor([0, 1])), batch, waited=0.0)
     assert not any(row.requires_grad for row in meter.rows)

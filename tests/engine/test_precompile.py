@@ -17,16 +17,27 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.diffusion.timesteps import uniform
-from nai_xl.engine import precompile as warm
-from nai_xl.engine.precompile import random_batch, warm_up
-from nai_xl.interfaces import Batch, Bucket
+from nai_xl.distributed.strategy import DataParallel
+from nai_xl.engine.precompile import precompile
+from nai_xl.interfaces import Batch, Bucket, Losses
 from nai_xl.model.tiny import tiny_sdxl
+from nai_xl.task.text_to_image import random_batch
 from tests.conftest import joined
 from tests.test_train import losses, run, same_weights
 
 Compose = Callable[..., DictConfig]
 OBJECTIVE = Objective(ztsnr(scaled_linear()), V(), uniform, min_snr)
-BUCKETS = [Bucket(96, 160), Bucket(128, 128), Bucket(96, 160), Bucket(64, 96)]
+BUCKETS = [Bucket(64, 96), Bucket(96, 160), Bucket(128, 128)]
+
+
+def loss(unet: Any, batch: Batch) -> Losses:
+    values, level = OBJECTIVE(unet, batch)
+    return Losses(values, level.t)
+
+
+def one_of_each(sample: Batch, size: int) -> list[Batch]:
+    draw = torch.Generator().manual_seed(0)
+    return [random_batch(sample, bucket, size, draw) for bucket in BUCKETS]
 
 
 def sample() -> Batch:
@@ -74,7 +85,9 @@ def test_every_shape_runs_forward_and_backward_through_every_block_once() -> Non
         block.register_full_backward_hook(count)
     sample_in_fp32 = sample()
     sample_in_fp32.context = sample_in_fp32.context.float()
-    seconds = warm_up(OBJECTIVE, unet, Accelerator(cpu=True), sample_in_fp32, BUCKETS, 2)
+    first = next(unet.parameters())
+    strategy = DataParallel(Accelerator(cpu=True))
+    seconds = precompile(loss, unet, first, strategy, one_of_each(sample_in_fp32, 2))
     assert shapes == [(2, 4, 12, 8), (2, 4, 20, 12), (2, 4, 16, 16)] and seconds > 0
     assert backward == len(shapes) * len(blocks)
     assert unet.training
@@ -88,7 +101,8 @@ def test_weights_gradients_hooks_and_random_state_are_left_alone() -> None:
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: stepped.append(name))
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    warm_up(OBJECTIVE, unet, Accelerator(cpu=True, mixed_precision="no"), joined([_in_float32(sample())]), BUCKETS, 1)
+    shapes = one_of_each(_in_float32(sample()), 1)
+    precompile(loss, unet, next(unet.parameters()), DataParallel(Accelerator(cpu=True, mixed_precision="no")), shapes)
     assert torch.equal(torch.get_rng_state(), state)
     assert not stepped
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in unet.named_parameters())
@@ -110,26 +124,25 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without_it(
 
     def counted(*args: Any) -> float:
         counters.clear()
-        seconds = warm_up(*args)
+        seconds = precompile(*args)
         made.append(counters["stats"]["unique_graphs"])
         counters.clear()
         return seconds
 
-    monkeypatch.setattr("nai_xl.train.warm_up", counted)
+    monkeypatch.setattr("nai_xl.training.session.precompile", counted)
     overrides = ["memory=[compile]", "run.max_images=12", "~evals.sample_grid"]
     warmed = run(small(*overrides, "name=warm"))
     assert made == [14] and counters["stats"]["unique_graphs"] == 0  # not one graph is left for the steps themselves
     told = [row["perf/compile_seconds"] for row in all_rows(warmed) if "perf/compile_seconds" in row]
     assert len(told) == 1 and told[0] > 0
     assert "compiled for 3 bucket shapes in" in capsys.readouterr().out
-    monkeypatch.setattr("nai_xl.train.warm_up", lambda *_: 0.0)
+    monkeypatch.setattr("nai_xl.training.session.precompile", lambda *_: 0.0)
     cold = run(small(*overrides, "name=cold"))
     assert losses(warmed) == losses(cold) and len(losses(cold)) == 6
     assert same_weights(warmed, cold)
 
 
 def test_runs_that_compile_nothing_do_not_warm_up(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "warm_up", None)
-    monkeypatch.setattr("nai_xl.train.warm_up", None)
+    monkeypatch.setattr("nai_xl.training.session.precompile", None)
     folder = run(small("run.max_images=2", "~evals.sample_grid", "memory=[]"))
     assert not any("perf/compile_seconds" in row for row in all_rows(folder))

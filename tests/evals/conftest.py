@@ -69,7 +69,7 @@ def studio(tmp_path: Path) -> Callable[..., Studio]:
                 "condition": lambda text: (torch.zeros(77, 6), torch.zeros(5)),
                 "decode": grey,
                 "device": torch.device("cpu"),
-                "ema": NoEma(torch.nn.Identity()),
+                "ema": NoEma({}),
                 "tracker": NoTracker(),
                 "encoded": encoded,
                 "square": Bucket(64, 64),

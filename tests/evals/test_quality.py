@@ -27,7 +27,7 @@ from nai_xl.evals.val_loss import item_name
 from nai_xl.model.clip import load_clip
 from nai_xl.model.tiny import _tokenizer
 from nai_xl.record.items import read_items
-from nai_xl.train import Job
+from nai_xl.train import train
 
 pytest.importorskip("torchmetrics")
 Make = Callable[..., Studio]
@@ -284,7 +284,7 @@ def test_without_weights_both_overrides_are_named_before_anything_is_loaded(
 
     monkeypatch.setattr("nai_xl.model.tiny.tiny_sdxl", built)
     with pytest.raises(UserError, match=r"evals\.quality\.inception=FILE .* evals\.quality\.clip=FOLDER"):
-        Job(small("evals=[sample_grid,quality]"), {}).run()
+        train(small("evals=[sample_grid,quality]"), {})
 
 
 def test_without_torchmetrics_the_extra_is_named(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,13 +338,12 @@ def test_what_is_better() -> None:
 
 
 def trained(small: Callable[..., DictConfig], *overrides: str) -> Run:
-    job = Job(
+    home = train(
         small("evals=[sample_grid,quality]", "run.max_images=4", "optimizer.lr=0.01", "evals.quality.count=4",
               "evals.quality.steps=2", *overrides),
         {},
     )  # fmt: skip
-    job.run()
-    return read_directory(job.home.path, {})
+    return read_directory(home, {})
 
 
 def test_arms_are_compared_sample_by_sample(

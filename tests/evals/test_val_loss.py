@@ -18,7 +18,7 @@ from nai_xl.evals.painter import Studio
 from nai_xl.evals.val_loss import LOG_SNR, ValLoss, item_name, timestep_at
 from nai_xl.interfaces import Parameterization, Schedule
 from nai_xl.record.items import read_items
-from nai_xl.train import Job
+from nai_xl.train import train
 
 Make = Callable[..., Studio]
 
@@ -163,7 +163,7 @@ def test_nothing_held_out_is_refused_before_the_model_is_built(
 
     monkeypatch.setattr("nai_xl.model.tiny.tiny_sdxl", built)
     with pytest.raises(UserError, match=r"data\.held_out=0\.1"):
-        Job(small("evals=[sample_grid,val_loss]"), {}).run()
+        train(small("evals=[sample_grid,val_loss]"), {})
 
 
 def test_held_out_images_are_never_trained_on_and_arms_are_paired(
@@ -186,13 +186,12 @@ def test_held_out_images_are_never_trained_on_and_arms_are_paired(
     monkeypatch.setattr(ValLoss, "run", look)
     arms = []
     for arm in ("schedule=ztsnr loss=minsnr run.seed=0", "schedule=scaled_linear loss=uniform run.seed=1"):
-        job = Job(
+        home = train(
             small(*arm.split(), "evals=[sample_grid,val_loss]", "data.held_out=0.4", "run.max_images=16",
                   "evals.val_loss.every=4", "evals.val_loss.timesteps=4"),
             {},
         )  # fmt: skip
-        job.run()
-        arms.append(read_items(job.home.path, "val/loss"))
+        arms.append(read_items(home, "val/loss"))
     assert len(trained) + len(looked_at) == 12 and trained.isdisjoint(looked_at)
     assert [list(arm) for arm in arms] == [[4, 8], [4, 8]]
     assert len(arms[0][4]) == len(looked_at)
@@ -208,7 +207,6 @@ def test_a_run_continued_has_each_evaluation_once(small: Callable[..., DictConfi
         "evals.val_loss.timesteps=2",
     ]
     for images in (6, 12):
-        job = Job(small(*chosen, f"run.max_images={images}"), {})
-        job.run()
+        home = train(small(*chosen, f"run.max_images={images}"), {})
     # 3 was the last step at first, where a run is always looked at
-    assert list(read_items(job.home.path, "val/loss")) == [2, 3, 4, 6]
+    assert list(read_items(home, "val/loss")) == [2, 3, 4, 6]

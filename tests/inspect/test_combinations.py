@@ -16,14 +16,19 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from nai_xl.config.spec import Spec
 from nai_xl.diffusion import loss, timesteps
 from nai_xl.diffusion.diagnosis import PURE_NOISE, diagnose, sentences
+from nai_xl.diffusion.loss import LearnedWeighting
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.inspect import combinations as inspect
+from nai_xl.inspect.__main__ import main
+from nai_xl.inspect.combinations import inspect
+from nai_xl.inspect.remarks import described
+from nai_xl.inspect.table import numbers
 from nai_xl.interfaces import NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
-from nai_xl.train import Job
+from nai_xl.train import train
 
 Array = NDArray[np.float64]
 
@@ -55,7 +60,7 @@ WEIGHTS: dict[str, Callable[[Array], Array]] = {
 @pytest.mark.parametrize("schedule", ["scaled_linear", "ztsnr"])
 @pytest.mark.parametrize("weighting", WEIGHTS)
 def test_the_numbers_are_those_of_the_formulas(schedule: str, weighting: str) -> None:
-    (row,) = inspect.inspect([f"schedule={schedule}", f"loss={weighting}"])
+    (row,) = inspect([f"schedule={schedule}", f"loss={weighting}"])
     s = snr(schedule)
     weight = WEIGHTS[weighting](s)
     with np.errstate(divide="ignore"):
@@ -67,7 +72,7 @@ def test_the_numbers_are_those_of_the_formulas(schedule: str, weighting: str) ->
     assert d.weight.numpy() == pytest.approx(weight, rel=1e-5, abs=1e-12)
     assert d.deciles.numpy() == pytest.approx(weight.reshape(10, 100).sum(1) / weight.sum(), rel=1e-5)
     assert d.mean_weight == pytest.approx(weight.mean(), rel=1e-5)
-    cells = list(inspect.numbers(d))
+    cells = list(numbers(d))
     assert cells[0] == ("inf" if schedule == "ztsnr" else "14.6")
     assert float(cells[-2]) == pytest.approx(weight[-1], rel=5e-3) and float(cells[-1]) == pytest.approx(
         weight.mean(), rel=5e-3
@@ -141,7 +146,7 @@ def test_a_terminal_step_that_is_never_drawn_is_told() -> None:
 
 
 def test_a_weighting_that_learns_is_shown_as_it_begins() -> None:
-    class Learned(nn.Module):
+    class Learned(LearnedWeighting):
         def __init__(self) -> None:
             super().__init__()
             self.log_variance = nn.Parameter(torch.zeros(()))
@@ -156,7 +161,7 @@ def test_a_weighting_that_learns_is_shown_as_it_begins() -> None:
 def test_a_weighting_that_learns_is_asked_where_it_lies() -> None:
     """Training moves it to its device first; no operator takes the two apart."""
 
-    class Learned(nn.Module):
+    class Learned(LearnedWeighting):
         def __init__(self) -> None:
             super().__init__()
             self.log_variance = nn.Parameter(torch.zeros((), device="meta"))
@@ -183,10 +188,10 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.setattr(sys, "argv", ["inspect", *arguments])
         if status:
             with pytest.raises(SystemExit) as stopped:
-                inspect.main()
+                main()
             assert stopped.value.code == status
             return capsys.readouterr().err
-        inspect.main()
+        main()
         return capsys.readouterr().out
 
     return run
@@ -234,25 +239,25 @@ def test_a_list_that_is_swept_is_told_as_it_was_given(told: Callable[..., str]) 
 
 def test_noise_that_depends_on_the_canvas_is_told_of_the_native_one() -> None:
     shifted = ["schedule=shifted", "schedule.resolution=512"]
-    small, equal, large = (inspect.inspect([*shifted, f"native.resolution={edge}"])[0] for edge in (128, 512, 1024))
+    small, equal, large = (inspect([*shifted, f"native.resolution={edge}"])[0] for edge in (128, 512, 1024))
     ends = [one.diagnosis.noise[-1] for one in (small, equal, large) if one.diagnosis]
     assert ends == pytest.approx([14.6146 / 4, 14.6146, 14.6146 * 2], rel=1e-4)
     assert "sigma/alpha = 3.65" in small.sentences[0]
 
 
 def test_an_experiment_brings_its_own_sweep() -> None:
-    losses = [row.swept["loss"] for row in inspect.inspect(["experiment=terminal_step"])]
+    losses = [row.swept["loss"] for row in inspect(["experiment=terminal_step"])]
     assert losses == ["uniform", "minsnr", "minsnr_plus_one"]
-    assert [row.swept for row in inspect.inspect(["experiment=terminal_step", "loss=minsnr"])] == [{}]
+    assert [row.swept for row in inspect(["experiment=terminal_step", "loss=minsnr"])] == [{}]
 
 
 def test_an_experiment_whose_arms_are_listed_has_a_row_for_each_whatever_the_seeds(told: Callable[..., str]) -> None:
-    rows = [row.swept for row in inspect.inspect(["experiment=minsnr"])]
+    rows = [row.swept for row in inspect(["experiment=minsnr"])]
     assert rows[:2] == [{"loss": "uniform", "loss.gamma": ""}, {"loss": "minsnr", "loss.gamma": "1"}]
     assert [row["loss"] for row in rows[2:]] == ["minsnr", "minsnr", "minsnr_plus_one", "soft_minsnr"]
-    assert [row.swept["loss.gamma"] for row in inspect.inspect(["experiment=minsnr", "loss.gamma=5,20"])] == ["5", "20"]
+    assert [row.swept["loss.gamma"] for row in inspect(["experiment=minsnr", "loss.gamma=5,20"])] == ["5", "20"]
     assert "- loss=minsnr,soft_minsnr: the terminal step has weight 0" in told("experiment=minsnr")
-    assert not any(row.refusal for row in inspect.inspect(["experiment=ztsnr"]))
+    assert not any(row.refusal for row in inspect(["experiment=ztsnr"]))
 
 
 def test_sixteen_combinations_with_options_from_outside(told: Callable[..., str], tmp_path: Path) -> None:
@@ -283,7 +288,7 @@ def test_a_mistake_beside_an_option_from_outside_is_told(told: Callable[..., str
 
 def test_neither_model_nor_tracker_libraries_are_imported(tmp_path: Path) -> None:
     script = (
-        "import sys; from nai_xl.inspect import combinations as inspect; inspect.main(); "
+        "import sys; from nai_xl.inspect.__main__ import main; main(); "
         "print(sorted({'diffusers', 'transformers', 'accelerate', 'mlflow'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -307,7 +312,7 @@ GRID = [{"a": a, "b": b} for a in "12" for b in "xyz"]
     ],
 )
 def test_points_of_a_grid_are_named_by_the_overrides_that_select_them(meant: list[dict[str, str]], words: str) -> None:
-    assert inspect.described(meant, GRID) == words
+    assert described(meant, GRID) == words
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
@@ -316,8 +321,8 @@ def test_points_of_a_grid_are_named_by_the_overrides_that_select_them(meant: lis
 def test_a_run_says_the_sentences_and_keeps_the_figure(
     small: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = Job(small("run.max_images=2", "evals.sample_grid.every=100"), {"schedule": "ztsnr", "loss": "minsnr"})
-    job.run()
+    cfg = small("run.max_images=2", "evals.sample_grid.every=100")
+    home = train(cfg, {"schedule": "ztsnr", "loss": "minsnr"})
     out = " ".join(capsys.readouterr().out.split())
-    assert all(line in out for line in sentences(job.objective)) and "t >= 800 holds 0.36 %" in out
-    assert Image.open(job.home.path / "method" / "step_00000000.png").width > 1000
+    assert all(line in out for line in Spec.of(cfg).task.remarks()) and "t >= 800 holds 0.36 %" in out
+    assert Image.open(home / "method" / "step_00000000.png").width > 1000

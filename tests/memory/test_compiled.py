@@ -17,11 +17,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from nai_xl import config
+from nai_xl.config.spec import Spec
 from nai_xl.errors import UserError
 from nai_xl.memory import compiled, process_wide
 from nai_xl.memory.compiled import ActivationBudget, Compile
 from nai_xl.model.tiny import UNET_CONFIG, tiny_sdxl
-from nai_xl.train import Job
 from tests.memory.test_fewer_bits import example
 
 SETTINGS = {
@@ -263,20 +263,20 @@ def test_no_compiler_is_told_before_anything_is_loaded(
     import torch._inductor.config
 
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
-    Job(small("memory=[compile]"), {})
+    Spec.of(small("memory=[compile]"))
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(UserError, match=r"C\+\+ compiler.*leave compile out"):
-        Job(small("memory=[compile]"), {})
+        Spec.of(small("memory=[compile]"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(UserError, match=r"pip install triton.*leave compile out"):
-        Job(small("memory=[compile]"), {})
+        Spec.of(small("memory=[compile]"))
 
 
 def test_a_budget_without_compiled_blocks_is_refused(small: Callable[..., DictConfig]) -> None:
     with pytest.raises(UserError, match=r"memory=\[\.\.\.,compile\]"):
-        Job(small("memory=[activation_budget]"), {})
-    Job(small("memory=[activation_budget,compile]"), {})
+        Spec.of(small("memory=[activation_budget]"))
+    Spec.of(small("memory=[activation_budget,compile]"))
 
 
 @pytest.mark.parametrize("budget", ["-0.1", "1.5"])

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nai_xl.config.spec import Spec
 from nai_xl.errors import UserError
 from nai_xl.memory import fewer_bits as precision
 from nai_xl.memory import process_wide
@@ -22,7 +23,6 @@ from nai_xl.memory.fewer_bits import Bf16Weights, Fp8FeedForward, Tf32
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 from nai_xl.optimizer.rounding import rounds_stochastically
-from nai_xl.train import Job
 from tests.test_train import losses, run, same_weights
 
 Compose = Callable[..., DictConfig]
@@ -138,7 +138,7 @@ def test_which_optimizers_round_stochastically() -> None:
 
 def test_optimizers_that_round_to_nearest_are_refused(small: Compose) -> None:
     with pytest.raises(UserError, match="optimizer=adamw_bf16"):
-        Job(small("memory=[bf16_weights]"), {})
+        Spec.of(small("memory=[bf16_weights]"))
 
 
 def test_nothing_is_cast_whatever_the_precision_is_called(bf16: Compose) -> None:
@@ -240,8 +240,8 @@ def test_float8_without_kernels_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(precision, "_capability", lambda: capability)
     with pytest.raises(UserError, match=r"8\.9 or newer.*memory\.fp8_ff\.emulate=true"):
-        Job(small("memory=[fp8_ff]"), {})
-    Job(small("memory=[fp8_ff]", "memory.fp8_ff.emulate=true"), {})
+        Spec.of(small("memory=[fp8_ff]"))
+    Spec.of(small("memory=[fp8_ff]", "memory.fp8_ff.emulate=true"))
 
 
 @needs_torchao

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.utils.flop_counter import FlopCounterMode
 
 from nai_xl import config
+from nai_xl.config.spec import Spec
 from nai_xl.errors import UserError
 from nai_xl.interfaces import MemoryAction
 from nai_xl.memory import attention, checkpointing, offload
@@ -26,7 +27,6 @@ from nai_xl.memory.attention import AttentionSlicing, Sdpa
 from nai_xl.memory.checkpointing import GradientCheckpointing
 from nai_xl.memory.layout import ChannelsLast
 from nai_xl.memory.offload import OffloadActivations
-from nai_xl.train import Job
 from tests.memory.test_memory import loss_of, plain_unet
 
 
@@ -272,7 +272,7 @@ def test_a_recent_gpu_has_every_kernel(kernel: Any, monkeypatch: pytest.MonkeyPa
 def test_two_ways_of_attention_are_refused_before_a_model_is_read(small: Callable[..., Any]) -> None:
     cfg = small("memory=[sdpa,math,channels_last]", "model=sdxl", "model.path=nowhere")
     with pytest.raises(UserError, match=r"memory=\[sdpa,math\]: .*~memory\.sdpa"):
-        Job(cfg, {})
+        Spec.of(cfg)
 
 
 @pytest.mark.parametrize("size", [0, -1])

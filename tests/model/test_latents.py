@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from nai_xl import config
+from nai_xl.config.spec import Spec
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.loader import LatentRef, PositionDataset
 from nai_xl.engine.encode import Encoder
@@ -34,7 +35,8 @@ from nai_xl.model.latents import (
 from nai_xl.model.sdxl import load_sdxl
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.model.vae import encode_pixels
-from nai_xl.train import Job
+from nai_xl.record.run_dir import RunDirectory
+from nai_xl.train import train
 from tests.test_train import losses, run, same_weights
 
 Compose = Callable[..., DictConfig]
@@ -197,10 +199,14 @@ def test_damaged_numbers_are_told(tmp_path: Path, content: str) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def normalised(job: Job) -> torch.Tensor:
+def normalised(cfg: DictConfig) -> torch.Tensor:
     """All values [4,N] that the loader would give, of every placement."""
-    encoded = job._encode(job.build(job.cfg.data).scan(), job.build(job.cfg.model))
-    dataset = PositionDataset(encoded, job.captions, seed=0)
+    spec = Spec.of(cfg)
+    strategy, index = spec.start(), spec.scan()
+    spec.task.load(spec.model)
+    data = spec.task.prepare(index, spec.cache, strategy, RunDirectory(config.run_dir(cfg, {})))
+    encoded = data.encoded
+    dataset = PositionDataset(encoded, data.captions, seed=0)
     found = {}
     for number, refs in enumerate(encoded.latents):
         position = 0
@@ -211,18 +217,12 @@ def normalised(job: Job) -> torch.Tensor:
     return torch.cat([latent.flatten(1) for latent in found.values()], dim=1)
 
 
-def begun(cfg: DictConfig) -> Job:
-    job = Job(cfg, {})
-    job._begin()
-    return job
-
-
 @pytest.mark.parametrize("cache", ["disk", "memory"])
 def test_per_channel_latents_have_mean_0_and_std_1_over_the_data(small: Compose, cache: str) -> None:
-    values = normalised(begun(small("latents=per_channel", f"cache={cache}"))).double()
+    values = normalised(small("latents=per_channel", f"cache={cache}")).double()
     assert values.mean(1).tolist() == pytest.approx([0] * 4, abs=1e-6)
     assert values.std(1, unbiased=False).tolist() == pytest.approx([1] * 4, abs=1e-6)
-    plain = normalised(begun(small(f"cache={cache}"))).double()
+    plain = normalised(small(f"cache={cache}")).double()
     assert plain.mean(1).abs().max() > 0.01  # which is not so by itself
 
 
@@ -260,7 +260,7 @@ def test_training_goes_on_from_the_exported_pipeline_with_plain_scale(small: Com
         "model=sdxl", f"model.path={folder / 'pipeline'}", "native.resolution=128", "native.bucket_step=32",
         "latents=scale", "run.max_images=4", "name=onward",
     )  # fmt: skip
-    values = normalised(begun(onward)).double()
+    values = normalised(onward).double()
     assert values.mean(1).tolist() == pytest.approx([0] * 4, abs=1e-4)
     assert values.std(1, unbiased=False).tolist() == pytest.approx([1] * 4, abs=1e-4)
     again = run(onward)
@@ -278,7 +278,7 @@ def test_run_on_a_dead_channel_is_refused_and_leaves_no_numbers(
         return latents
 
     monkeypatch.setattr("nai_xl.engine.encode.encode_pixels", dead)
-    job = Job(small("latents=per_channel", "cache=memory", "run.max_images=4"), {})
+    cfg = small("latents=per_channel", "cache=memory", "run.max_images=4")
     with pytest.raises(UserError, match=r"channel 1 .*latents=scale"):
-        job.run()
-    assert not job.home.latents.exists()
+        train(cfg, {})
+    assert not RunDirectory(config.run_dir(cfg, {})).latents.exists()

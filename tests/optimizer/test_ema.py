@@ -13,6 +13,10 @@ from nai_xl.errors import UserError
 from nai_xl.optimizer.ema import NoEma, StandardEma
 
 
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
 def model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
@@ -34,7 +38,7 @@ def weights(m: nn.Module) -> list[Tensor]:
 def test_average_is_the_warmed_up_sum_of_all_weights(decay: float, device: Literal["cpu"] | None) -> None:
     """As an explicit weighted sum in float64: weight k counts (1 - d_k) times the product of all later d."""
     m = model()
-    ema = StandardEma(m, decay=decay, device=device)
+    ema = StandardEma(named(m), decay=decay, device=device)
     history = [[w.double() for w in weights(m)]]
     keep = [min(decay, (1 + n) / (10 + n)) for n in range(1, 31)]
     for step in range(1, 31):
@@ -53,7 +57,10 @@ def test_average_is_the_warmed_up_sum_of_all_weights(decay: float, device: Liter
 def test_rare_updates_forget_as_much_as_frequent_ones(every: int) -> None:
     """While the weights stand still between two updates, taking them in N times or once is the same."""
     m = model()
-    rare, frequent = StandardEma(m, decay=0.99, every=every), StandardEma(m, decay=0.99)
+    rare, frequent = (
+        StandardEma(named(m), decay=0.99, every=every),
+        StandardEma(named(m), decay=0.99),
+    )
     for step in range(1, 30 * every + 1):
         if step % every == 1:
             move(m, step)
@@ -64,7 +71,7 @@ def test_rare_updates_forget_as_much_as_frequent_ones(every: int) -> None:
 
 def test_between_two_updates_nothing_is_taken_in() -> None:
     m = model()
-    ema = StandardEma(m, every=3)
+    ema = StandardEma(named(m), every=3)
     before = {name: w.clone() for name, w in ema.averages().items()}
     for step in (31, 32):
         move(m, step)
@@ -74,7 +81,7 @@ def test_between_two_updates_nothing_is_taken_in() -> None:
 
 def test_short_runs_are_averaged_too() -> None:
     m = model()
-    ema, reference = StandardEma(m, every=10), StandardEma(m)
+    ema, reference = StandardEma(named(m), every=10), StandardEma(named(m))
     for step in range(1, 9):
         move(m, step)
         ema.update(step)
@@ -84,7 +91,10 @@ def test_short_runs_are_averaged_too() -> None:
 
 def test_an_average_in_main_memory_takes_in_the_weights_of_the_moment_it_is_given_them() -> None:
     m = model()
-    ema, reference = StandardEma(m, decay=0.5, device="cpu"), StandardEma(m, decay=0.5)
+    ema, reference = (
+        StandardEma(named(m), decay=0.5, device="cpu"),
+        StandardEma(named(m), decay=0.5),
+    )
     for step in range(1, 20):
         move(m, step)
         reference.update(step)
@@ -95,7 +105,7 @@ def test_an_average_in_main_memory_takes_in_the_weights_of_the_moment_it_is_give
 
 def test_average_is_single_precision_whatever_the_model_is() -> None:
     m = model().bfloat16()
-    ema = StandardEma(m, decay=0.999)
+    ema = StandardEma(named(m), decay=0.999)
     with torch.no_grad():
         for p in m.parameters():
             p.fill_(1.0)
@@ -108,7 +118,7 @@ def test_average_is_single_precision_whatever_the_model_is() -> None:
 
 def test_averages_inside_the_block_and_own_weights_bit_for_bit_after_it() -> None:
     m = model()
-    ema = StandardEma(m)
+    ema = StandardEma(named(m))
     move(m, 1)
     ema.update(1)
     own = weights(m)
@@ -120,7 +130,7 @@ def test_averages_inside_the_block_and_own_weights_bit_for_bit_after_it() -> Non
 
 def test_own_weights_come_back_after_an_exception() -> None:
     m = model()
-    ema = StandardEma(m)
+    ema = StandardEma(named(m))
     move(m, 1)
     own, average = weights(m), [w.clone() for w in ema.averages().values()]
     with pytest.raises(ZeroDivisionError), ema.swapped_in():
@@ -131,14 +141,14 @@ def test_own_weights_come_back_after_an_exception() -> None:
 
 def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     m = model()
-    ema = StandardEma(m, decay=0.9)
+    ema = StandardEma(named(m), decay=0.9)
     for step in (1, 2, 3):
         move(m, step)
         ema.update(step)
     saved = LocalCheckpoints(tmp_path, keep=1)
     saved.bind(ema=ema)
     saved.save(3)
-    other = StandardEma(model(seed=1), decay=0.9)
+    other = StandardEma(named(model(seed=1)), decay=0.9)
     fresh = LocalCheckpoints(tmp_path, keep=1)
     fresh.bind(ema=other)
     fresh.load_latest()
@@ -147,16 +157,16 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_loading_copies_and_does_not_share() -> None:
-    ema, other = StandardEma(model()), StandardEma(model(1))
+    ema, other = StandardEma(named(model())), StandardEma(named(model(1)))
     other.load_state_dict(ema.state_dict())
     other.update(1)
     assert not all(map(torch.equal, other.averages().values(), ema.averages().values()))
 
 
 def test_average_of_another_model_is_refused() -> None:
-    state = StandardEma(nn.Linear(3, 4)).state_dict()
+    state = StandardEma(named(nn.Linear(3, 4))).state_dict()
     with pytest.raises(KeyError, match="another model"):
-        StandardEma(model()).load_state_dict(state)
+        StandardEma(named(model())).load_state_dict(state)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
@@ -167,7 +177,7 @@ def test_impossible_decay_is_refused(decay: float) -> None:
 
 def test_without_an_average_the_trained_weights_are_taken() -> None:
     m = model()
-    ema = NoEma(m)
+    ema = NoEma(named(m))
     move(m, 1)
     ema.update(1)
     with ema.swapped_in():

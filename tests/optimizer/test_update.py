@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from nai_xl import config
-from nai_xl.distributed.options import SingleProcess
+from nai_xl.distributed.none import SingleProcess
+from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.checkpoint import LocalCheckpoints, ModuleState
 from nai_xl.errors import UserError
 from nai_xl.model.tiny import tiny_sdxl
@@ -26,8 +26,8 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 
 
 @pytest.fixture
-def accelerator() -> Accelerator:
-    return SingleProcess().accelerator("no")
+def strategy() -> Strategy:
+    return SingleProcess().start("no")
 
 
 def network() -> nn.Module:
@@ -42,6 +42,10 @@ def network() -> nn.Module:
 def loss_of(model: nn.Module, step: int, scale: float = 1.0) -> Tensor:
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
     return scale * (model(x) - 1).square().mean()
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
 
 
 def weights(model: nn.Module) -> list[Tensor]:
@@ -61,10 +65,11 @@ def plain(make: Callable[..., Any], limit: float, scales: list[float]) -> tuple[
 
 
 def whole(
-    accelerator: Accelerator, make: Callable[..., Any], limit: float, scales: list[float]
+    strategy: Strategy, make: Callable[..., Any], limit: float, scales: list[float]
 ) -> tuple[list[Tensor], list[float]]:
     model, norms = network(), []
-    update = WholeUpdate(accelerator, make([{"params": list(model.parameters())}]), model.parameters(), limit)
+    optimizer = make([{"params": list(model.parameters())}])
+    update = WholeUpdate(strategy, optimizer, optimizer, model.parameters(), limit)
     for step, scale in enumerate(scales):
         loss_of(model, step, scale).backward()
         norms.append(update().item())
@@ -74,8 +79,8 @@ def whole(
 
 @every_optimizer
 @pytest.mark.parametrize("limit", [0.05, 1e3])
-def test_whole_update_is_clip_and_step(accelerator: Accelerator, make: Callable[..., Any], limit: float) -> None:
-    found, norms = whole(accelerator, make, limit, [1.0] * 8)
+def test_whole_update_is_clip_and_step(strategy: Strategy, make: Callable[..., Any], limit: float) -> None:
+    found, norms = whole(strategy, make, limit, [1.0] * 8)
     expected, its_norms = plain(make, limit, [1.0] * 8)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert norms == pytest.approx(its_norms, rel=1e-5)
@@ -84,19 +89,20 @@ def test_whole_update_is_clip_and_step(accelerator: Accelerator, make: Callable[
 @every_optimizer
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_step_without_a_finite_gradient_changes_nothing(
-    accelerator: Accelerator, make: Callable[..., Any], scale: float
+    strategy: Strategy, make: Callable[..., Any], scale: float
 ) -> None:
-    found, norms = whole(accelerator, make, 1.0, [1.0, 1.0, scale])
+    found, norms = whole(strategy, make, 1.0, [1.0, 1.0, scale])
     expected, _ = plain(make, 1.0, [1.0, 1.0])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.tensor(norms[-1]).isfinite()
 
 
-def test_parameters_outside_the_clip_are_not_scaled_by_it(accelerator: Accelerator) -> None:
+def test_parameters_outside_the_clip_are_not_scaled_by_it(strategy: Strategy) -> None:
     def gradients_taken(limit: float) -> Tensor:
         model, free = network(), nn.Parameter(torch.ones(3))
         groups = [{"params": list(model.parameters())}, {"params": [free]}]
-        update = WholeUpdate(accelerator, torch.optim.SGD(groups, lr=0.1, fused=True), model.parameters(), limit)
+        optimizer = torch.optim.SGD(groups, lr=0.1, fused=True)
+        update = WholeUpdate(strategy, optimizer, optimizer, model.parameters(), limit)
         (loss_of(model, 0) + free.sum()).backward()
         update()
         return free.detach()
@@ -108,7 +114,7 @@ def test_parameters_outside_the_clip_are_not_scaled_by_it(accelerator: Accelerat
 @every_optimizer
 def test_update_in_backward_within_the_limit_is_the_usual_update(make: Callable[..., Any]) -> None:
     model, norms = network(), []
-    update = UpdateInBackward(make, model, max_grad_norm=1e3)
+    update = UpdateInBackward(make, named(model), max_grad_norm=1e3)
     for step in range(8):
         loss_of(model, step).backward()
         norms.append(update().item())
@@ -120,11 +126,11 @@ def test_update_in_backward_within_the_limit_is_the_usual_update(make: Callable[
 def test_update_in_backward_clips_every_block_by_its_own_norm() -> None:
     model = network()
     before = weights(model)
-    update = UpdateInBackward(lambda params: torch.optim.SGD(params, lr=1.0), model, max_grad_norm=0.01)
+    update = UpdateInBackward(lambda params: torch.optim.SGD(params, lr=1.0), named(model), max_grad_norm=0.01)
     loss_of(model, 0, scale=100.0).backward()
     update()
     moved = iter([w - b for w, b in zip(weights(model), before, strict=True)])
-    for block in blocks_of(model):
+    for block in blocks_of(named(model)):
         length = torch.cat([next(moved).flatten() for _ in block]).norm()
         torch.testing.assert_close(length, torch.tensor(0.01))
 
@@ -132,7 +138,7 @@ def test_update_in_backward_clips_every_block_by_its_own_norm() -> None:
 @every_optimizer
 def test_update_in_backward_leaves_out_what_is_not_finite(make: Callable[..., Any]) -> None:
     model = network()
-    update = UpdateInBackward(make, model, max_grad_norm=1.0)
+    update = UpdateInBackward(make, named(model), max_grad_norm=1.0)
     loss_of(model, 0).backward()
     update()
     before = weights(model)
@@ -149,7 +155,7 @@ def test_gradients_never_lie_in_memory_all_at_once() -> None:
     model = network()
     seen: list[int] = []
     count = lambda: sum(p.grad is not None for p in model.parameters())  # noqa: E731
-    update = UpdateInBackward(lambda params: torch.optim.SGD(params, lr=0.1), model, max_grad_norm=1.0)
+    update = UpdateInBackward(lambda params: torch.optim.SGD(params, lr=0.1), named(model), max_grad_norm=1.0)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda _: seen.append(count()))
     loss_of(model, 0).backward()
@@ -160,7 +166,10 @@ def test_gradients_never_lie_in_memory_all_at_once() -> None:
 def test_weights_outside_the_network_are_updated_and_not_clipped() -> None:
     model, free = network(), nn.Parameter(torch.ones(3))
     update = UpdateInBackward(
-        lambda params: torch.optim.SGD(params, lr=0.1), model, 1e-3, free=[{"params": [free], "lr": 0.5}]
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        named(model),
+        1e-3,
+        free=[{"params": [free], "lr": 0.5}],
     )
     (loss_of(model, 0) + free.sum()).backward()
     norm = update()
@@ -175,7 +184,7 @@ def test_a_block_of_which_a_part_took_no_part_is_updated_too() -> None:
     model["resnets"][0].append(nn.Linear(1, 1))  # never used
     model.forward = lambda x: model["out"](model["resnets"][0][0](x))  # type: ignore[method-assign]
     before = weights(model)
-    update = UpdateInBackward(lambda params: torch.optim.SGD(params, lr=0.1), model, max_grad_norm=1.0)
+    update = UpdateInBackward(lambda params: torch.optim.SGD(params, lr=0.1), named(model), max_grad_norm=1.0)
     loss_of(model, 0).backward()
     update()
     changed = [not torch.equal(w, b) for w, b in zip(weights(model), before, strict=True)]
@@ -190,7 +199,7 @@ def test_optimizers_in_backward_resume_exactly(tmp_path: Any) -> None:
 
     def begin() -> tuple[nn.Module, UpdateInBackward, LocalCheckpoints]:
         model = network()
-        update = UpdateInBackward(make, model, max_grad_norm=1.0)
+        update = UpdateInBackward(make, named(model), max_grad_norm=1.0)
         checkpoints = LocalCheckpoints(tmp_path, keep=1)
         checkpoints.bind(model=ModuleState(model), optimizer=update)
         return model, update, checkpoints
@@ -215,7 +224,9 @@ def test_two_blocks_round_by_different_random_bits() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(1.0)
-    update = UpdateInBackward(lambda params: AdamWBf16(params, lr=1e-3, weight_decay=0.0), model, max_grad_norm=1e3)
+    update = UpdateInBackward(
+        lambda params: AdamWBf16(params, lr=1e-3, weight_decay=0.0), named(model), max_grad_norm=1e3
+    )
     sum(p.sum() for p in model.parameters()).backward()
     update()
     first, second = (model["resnets"][n][0].weight for n in (0, 1))  # the first parameters of two blocks
@@ -225,7 +236,7 @@ def test_two_blocks_round_by_different_random_bits() -> None:
 
 def test_blocks_are_those_of_the_unet_and_hold_every_parameter_once() -> None:
     unet = tiny_sdxl(seed=0).unet
-    blocks = blocks_of(unet)
+    blocks = blocks_of(named(unet))
     assert sorted(map(id, unet.parameters())) == sorted(id(p) for block in blocks for p in block)
     kinds = [type(m).__name__ for m in unet.modules()]
     inner = kinds.count("BasicTransformerBlock") + kinds.count("ResnetBlock2D")

@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nai_xl import config
-from nai_xl import train as entry
 from nai_xl.memory.checkpointing import GradientCheckpointing
 from nai_xl.memory.compiled import ActivationBudget
 from nai_xl.memory.fewer_bits import Bf16Weights
@@ -19,6 +18,8 @@ from nai_xl.model.flops import forward_flops
 from nai_xl.model.sdxl import unet_skeleton
 from nai_xl.model.tiny import tiny_unet_skeleton
 from nai_xl.plan.estimate import ALLOWANCE, Footprint, LiveBytes, Micro, Rehearsal, kept_share
+from nai_xl.train import train as train_run
+from nai_xl.training import session
 
 
 def rehearse(cfg: DictConfig, micro: Micro) -> Footprint:
@@ -28,20 +29,20 @@ def rehearse(cfg: DictConfig, micro: Micro) -> Footprint:
     return rehearsal.run(micro)
 
 
-def watched(job: entry.Job, monkeypatch: pytest.MonkeyPatch) -> LiveBytes:
-    """Run the job, with every tensor that its loop makes counted."""
-    live, loop = LiveBytes(block=1), entry.train
-    job.evals = []  # sampling is not part of a step
+def watched(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> LiveBytes:
+    """Train, with every tensor that the loop makes counted."""
+    live, loop = LiveBytes(block=1), session.train
+    cfg.evals = {}  # sampling is not part of a step
 
     def train(settings: Any, parts: Any, **place: Any) -> int:
-        live.add_weights(list(parts.accelerator.unwrap_model(parts.unet).parameters()))
-        for tensor in parts.ema.averages().values():
+        live.add_weights(list(parts.state.trainable.parameters.values()))
+        for tensor in parts.state.averages().values():
             live.add(tensor)
         with live:
             return loop(settings, parts, **place)
 
-    monkeypatch.setattr(entry, "train", train)
-    job.run()
+    monkeypatch.setattr(session, "train", train)
+    train_run(cfg, {})
     return live
 
 
@@ -59,7 +60,7 @@ def test_peak_is_that_of_a_real_run(
     overrides: list[str], small: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = small("bucketing=square", "run.batch_size=4", "run.max_images=16", *overrides)
-    live = watched(entry.Job(cfg, {}), monkeypatch)
+    live = watched(cfg, monkeypatch)
     keeps = cfg.run.grad_accum > 1
     found = rehearse(cfg, Micro(4, 128, 128, precision=cfg.precision.autocast, keeps_gradients=keeps))
     assert found.peak == pytest.approx(live.peak, rel=0.02)

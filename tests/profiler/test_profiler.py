@@ -140,7 +140,7 @@ def test_what_costs_too_much_is_told_with_an_override(
     chosen = replace(SETUP, **setup)
     said = " ".join(advice(summary, chosen, on_gpu=device == "gpu"))
     assert expected in said
-    overrides = [o.strip("'") for o in re.findall(r"'[\w.]+=[^']*'|\b[a-z]+\.[a-z_]+=\w+", said)]
+    overrides = [o.strip("'") for o in re.findall(r"'[\w.]+=[^']*'|\b[a-z]+(?:\.[a-z_]+)?=\w+", said)]
     assert overrides and any(expected == override for override in overrides)
     available = {path.stem for path in (config.conf_dir() / "memory").glob("*.yaml")}
     for override in overrides:

@@ -20,16 +20,14 @@ from nai_xl.evals.painter import Painter, Studio
 from nai_xl.evals.sample_grid import SampleGrid
 from nai_xl.interfaces import Bucket, Schedule
 from nai_xl.sample.paint import main
-from nai_xl.train import Job
+from nai_xl.train import train as trained
 
 Compose = Callable[..., DictConfig]
 TEXT = "picture number 3"
 
 
 def train(cfg: DictConfig) -> Path:
-    job = Job(cfg, {})
-    job.run()
-    return job.home.path
+    return trained(cfg, {})
 
 
 @pytest.fixture

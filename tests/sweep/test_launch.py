@@ -22,8 +22,7 @@ from omegaconf import OmegaConf
 from hydra_plugins.nai_xl_sweep import as_overrides, listed, varied
 from nai_xl import config
 from nai_xl.errors import UserError
-from nai_xl.record.arm import Arm, ArmNote, read_arm, write_arm
-from nai_xl.record.run_dir import RunDirectory
+from nai_xl.record.arm import Arm, read_arm
 from nai_xl.sweep.board import Row, print_table, progress
 from nai_xl.sweep.launch import SweepSettings, slots, why
 from nai_xl.sweep.processes import Running, Task, run_all
@@ -428,45 +427,3 @@ def test_progress_is_the_last_state_of_the_last_bar() -> None:
     bar = "encoding latents:  50%|##   | 4/8\r  3% |#    | 3/100 steps, 00:09 left, loss 0.2\r"
     assert progress(f"words\n{bar}\nsaved\n") == "3% |#    | 3/100 steps, 00:09 left, loss 0.2"
     assert progress("importing\n") == "starts"
-
-
-def note(path: Path, sweep: str | None = "s") -> ArmNote:
-    return ArmNote(RunDirectory(path), Arm(sweep, {"loss": "uniform"}, 0, "00000000"))
-
-
-def test_what_becomes_of_a_run_is_noted(tmp_path: Path) -> None:
-    for error, status in ((None, "FINISHED"), (KeyboardInterrupt(), "STOPPED"), (ValueError("a\nb"), "FAILED")):
-        try:
-            with note(tmp_path) as kept:
-                kept.begin()
-                assert (read_arm(tmp_path) or kept.arm).status == "RUNNING"
-                kept.reached(3, 4)
-                if error:
-                    raise error
-        except (KeyboardInterrupt, ValueError):
-            pass
-        arm = read_arm(tmp_path)
-        assert arm and (arm.status, arm.steps, arm.images) == (status, 3, 12)
-        assert arm.error == ("ValueError: a b" if status == "FAILED" else None)
-
-
-def test_a_run_in_other_hands_is_not_noted(tmp_path: Path) -> None:
-    with note(tmp_path) as mine:
-        mine.begin()
-    with note(tmp_path).home.lock():
-        note(tmp_path).end("FAILED", "not mine to tell")
-    assert (read_arm(tmp_path) or mine.arm).status == "FINISHED"
-    with pytest.raises(UserError), note(tmp_path / "new", sweep=None):
-        raise UserError("a mistake before anything began")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_run_can_be_an_arm_of_two_sweeps(tmp_path: Path) -> None:
-    write_arm(tmp_path, Arm("first", {"loss": "uniform"}, 0, "00000000", "FINISHED", steps=7))
-    other = ArmNote(RunDirectory(tmp_path), Arm("second", {"lr": 1e-3}, 0, "00000000"))
-    found = read_arm(tmp_path)
-    assert found
-    other.adopt(found)
-    arm = read_arm(tmp_path)
-    assert arm and (arm.sweep, arm.arm, arm.status, arm.steps) == ("second", {"lr": 1e-3}, "FINISHED", 7)
-    assert arm.sweeps == {"first": {"loss": "uniform"}, "second": {"lr": 1e-3}}

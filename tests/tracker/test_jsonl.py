@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from nai_xl.tracker.jsonl import Journal, JsonlTracker, note_end
+from nai_xl.record.journal import note_end
+from nai_xl.tracker.jsonl import JsonlTracker
 
 
 def steps(folder: Path) -> list[int]:
@@ -101,27 +100,3 @@ def test_end_of_a_run_that_was_killed_can_be_noted_by_another(tmp_path: Path) ->
         note_end(tmp_path, "FAILED", "killed by signal 9")
         last = list(JsonlTracker(tmp_path).outbox.rows())[-1]
     assert (last["kind"], last["status"], last["error"]) == ("status", "FAILED", "killed by signal 9")
-
-
-@given(lengths=st.lists(st.integers(0, 20), max_size=8), torn=st.integers(0, 30), stop=st.integers(0, 8))
-def test_reader_of_a_journal_goes_on_where_it_stopped(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], torn: int, stop: int
-) -> None:
-    """Whatever part of a last line a crash has left, before and after the writer mends it."""
-    journal = Journal(tmp_path_factory.mktemp("journal") / "rows.jsonl")
-    rows: list[dict[str, object]] = [{"number": i, "text": "\u00e9" * n} for i, n in enumerate(lengths)]
-    for row in rows:
-        journal.append(**row)
-    with journal.path.open("ab") as file:
-        file.write((json.dumps({"text": "a line of some length"}).encode())[:torn])
-    ends = [0, *(end for end, _ in journal.after())]
-    assert list(journal.rows()) == rows
-    at = ends[min(stop, len(rows))]
-    journal.mend()
-    journal.append(number=-1)
-    assert [row for _, row in journal.after(at)] == [*rows[min(stop, len(rows)) :], {"number": -1}]
-
-
-def test_journal_that_was_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
-    assert [row for _, row in Journal(tmp_path / "rows.jsonl").after(1000)] == [{"a": 1}]

@@ -162,7 +162,7 @@ def test_end_of_a_sweep_with_the_store_away_names_the_way_to_send_it_later(tmp_p
     folder = tmp_path / "run"
     note(folder, "lost", "uniform", "FAILED", "why")
     lines = end_sweep([folder], uri="sqlite:////proc/none/x.db")
-    assert lines == [f"MLflow does not answer; when it does: python -m nai_xl.report.sync {folder}"]
+    assert lines == [f"MLflow does not answer; when it does: python -m nai_xl.sync {folder}"]
 
 
 def test_the_page_of_comparison_names_the_arms(uri: str, tmp_path: Path) -> None:

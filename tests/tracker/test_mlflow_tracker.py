@@ -31,7 +31,7 @@ from nai_xl.tracker.jsonl import JsonlTracker
 from nai_xl.tracker.mlflow import delivery as mlflow_delivery
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
 from nai_xl.tracker.mlflow.tracker import MlflowTracker
-from nai_xl.train import Job
+from nai_xl.train import train
 
 Compose = Callable[..., DictConfig]
 EVERYTHING = 10**9  # more than any test waits for
@@ -91,9 +91,7 @@ def until(happened: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def run(cfg: DictConfig) -> Path:
-    job = Job(cfg, {"schedule": "ztsnr", "loss": "minsnr"})
-    job.run()
-    return job.home.path
+    return train(cfg, {"schedule": "ztsnr", "loss": "minsnr"})
 
 
 def test_a_run_and_its_continuation_are_one_run_with_every_value_once(small: Compose, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""python -m nai_xl.report.sync: what a store lacked is there afterwards, once."""
+"""python -m nai_xl.sync: what a store lacked is there afterwards, once."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from nai_xl import sync
-from nai_xl.tracker.jsonl import JsonlTracker, note_end
+from nai_xl.record.journal import note_end
+from nai_xl.tracker.jsonl import JsonlTracker
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
 
 

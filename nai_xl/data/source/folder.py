@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -41,6 +41,8 @@ class FolderSource:
 class SampleSource:
     """Photographs and colour cards with captions, written once into `cache` (default: the user's cache directory)."""
 
+    without_effect: ClassVar[tuple[str, ...]] = ("cache",)
+
     cache: Path | None = None
     held_out: Share = 0.0
 
@@ -56,6 +58,8 @@ class ShapesSource:
 
     `bodies`, `colors`, `shapes` and `backgrounds` are what they show: fewer of them are learned sooner.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = ("cache",)
 
     resolution: Annotated[int, Field(ge=64, multiple_of=16)]
     count: Annotated[int, Field(ge=1)] = 1000

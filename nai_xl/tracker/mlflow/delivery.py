@@ -26,7 +26,9 @@ from filelock import FileLock
 from PIL import Image
 
 from nai_xl.files import write_atomically
-from nai_xl.tracker.jsonl import metrics_of, outbox_of
+from nai_xl.record.arm import read_arm
+from nai_xl.record.config import read_params
+from nai_xl.record.journal import metrics_of, outbox_of
 from nai_xl.tracker.mlflow.store import open_store
 
 if TYPE_CHECKING:
@@ -197,8 +199,7 @@ class Delivery:
         """
         from mlflow.entities import Param
 
-        path = self.run_dir / row["file"]
-        given = json.loads(path.read_text())["params"] if path.is_file() else {}
+        given = read_params(self.run_dir).params
         known = client.get_run(self.progress.run_id).data.params
         named = {_name(key): str(value)[:VALUE_LENGTH] for key, value in given.items()}
         missing = [Param(key, value) for key, value in named.items() if key not in known]
@@ -244,23 +245,17 @@ class Delivery:
 # --- words of the record in words of MLflow ---------------------------------------------------------------------------
 
 
-def read_arm(run_dir: Path) -> dict[str, Any]:
-    """arm.json; {} where there is none."""
-    path = run_dir / "arm.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
 def arm_tags(run_dir: Path) -> dict[str, str]:
     """The tags that a run has as an arm of a sweep: sweep, seed, the varied keys and a name of the values alone; of
     earlier sweeps that it is an arm of, membership. {} outside of sweeps.
     """
     arm = read_arm(run_dir)
-    if not arm.get("sweep"):
+    if arm is None or not arm.sweep:
         return {}
-    varied = {str(key): str(value) for key, value in arm["arm"].items()}
-    name = " ".join([*(_short(key, value) for key, value in varied.items()), f"s{arm['seed']}"])
-    sweeps = dict.fromkeys(map(member_tag, [*(arm.get("sweeps") or ()), arm["sweep"]]), "arm")
-    return {**varied, "sweep": str(arm["sweep"]), "seed": str(arm["seed"]), "mlflow.runName": name, **sweeps}
+    varied = {str(key): str(value) for key, value in arm.arm.items()}
+    name = " ".join([*(_short(key, value) for key, value in varied.items()), f"s{arm.seed}"])
+    sweeps = dict.fromkeys(map(member_tag, [*arm.sweeps, arm.sweep]), "arm")
+    return {**varied, "sweep": arm.sweep, "seed": str(arm.seed), "mlflow.runName": name, **sweeps}
 
 
 def member_tag(sweep: str) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nai_xl.errors import UserError, one_line
-from nai_xl.tracker.jsonl import metrics_of, note_end, now, outbox_of
-from nai_xl.tracker.mlflow.delivery import Delivery, Progress, member_tag, read_arm
+from nai_xl.record.arm import read_arm
+from nai_xl.record.journal import metrics_of, note_end, now, outbox_of
+from nai_xl.tracker.mlflow.delivery import Delivery, Progress, member_tag
 from nai_xl.tracker.mlflow.store import compare_page, default_uri, how_to_serve, open_store, run_page, view_page
 
 if TYPE_CHECKING:
@@ -132,12 +133,12 @@ def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: s
             last = delivery
         except (MlflowException, OSError):
             failed.append(str(run_dir))
-    if last and (sweep := read_arm(last.run_dir).get("sweep")):
+    if last and (arm := read_arm(last.run_dir)) and arm.sweep:
         with suppress(MlflowException, OSError):  # a matter of looks
-            _fit_view(last, sweep, run_dirs)
+            _fit_view(last, arm.sweep, run_dirs)
     lines = compare_line(run_dirs)
     if failed:
-        lines.append(f"MLflow does not answer; when it does: python -m nai_xl.report.sync {' '.join(failed)}")
+        lines.append(f"MLflow does not answer; when it does: python -m nai_xl.sync {' '.join(failed)}")
     return lines
 
 
@@ -175,10 +176,10 @@ def _note_lost_end(run_dir: Path) -> bool:
     """
     statuses = [row["status"] for row in outbox_of(run_dir).rows() if row["kind"] == "status"]
     arm = read_arm(run_dir)
-    if arm.get("status") in ENDS and (statuses[-1] if statuses else "RUNNING") == "RUNNING":
-        if not statuses and arm["status"] == "STOPPED":
+    if arm and arm.status in ENDS and (statuses[-1] if statuses else "RUNNING") == "RUNNING":
+        if not statuses and arm.status == "STOPPED":
             return False
-        note_end(run_dir, ENDS[arm["status"]], arm.get("error") or "")
+        note_end(run_dir, ENDS[arm.status], arm.error or "")
         return True
     return bool(statuses)
 

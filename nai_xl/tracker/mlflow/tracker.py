@@ -25,7 +25,7 @@ class MlflowTracker(JsonlTracker):
     has gone, or the store is another one, all of the record is sent again.
 
     A store that fails while the run goes on neither ends nor slows it: what waits is sent when the store answers
-    again, at the next start, or by `python -m nai_xl.report.sync`. Raises UserError when a store from which no run
+    again, at the next start, or by `python -m nai_xl.sync`. Raises UserError when a store from which no run
     beside this one has ever had an answer cannot be opened at the start.
     """
 
@@ -133,7 +133,7 @@ class Sender(threading.Thread):
         if waiting := self.delivery.waiting():
             print(
                 f"MLflow lacks {waiting} rows of {self.delivery.run_dir}; when it answers again: "
-                f"python -m nai_xl.report.sync {self.delivery.run_dir}",
+                f"python -m nai_xl.sync {self.delivery.run_dir}",
                 file=sys.stderr,
             )
 

@@ -1,0 +1,124 @@
+"""From a checked config node to the object that it describes: locate the target, coerce the values, call.
+
+A node with `_target_` names a function or class; the target's signature is the node's schema. `_partial_` nodes are
+completed by the caller of `build`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
+
+from nai_xl.config.legacy import moved
+from nai_xl.errors import UserError, one_line
+
+# a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
+TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
+
+
+def locate(name: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """The function or class called `package.module.name`, or so by version 0.1.
+
+    Raises UserError if it is missing or not to be trusted.
+    """
+    if not name.startswith(tuple(f"{package}." for package in (*TRUSTED, *plugins))):
+        raise UserError(f"_target_ {name} is outside nai_xl; to allow it set plugins=[{name.split('.')[0]}]")
+    module_name, _, attribute = moved(name).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"_target_ {name} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise UserError(f"_target_ {name} is not callable")
+    return found
+
+
+def build(node: Any, plugins: tuple[str, ...] = (), **given: Any) -> Any:
+    """The object that a checked config node describes, nested nodes first; `given` completes its arguments.
+
+    A `_partial_` node without `given` becomes a functools.partial. A ValueError of the target becomes a UserError that
+    begins with the node's key.
+    """
+    if isinstance(node, ListConfig):
+        return [build(item, plugins) for item in node]
+    if not isinstance(node, DictConfig):
+        return node
+    if "_target_" not in node:
+        return {str(key): build(node[key], plugins) for key in node}
+    target = locate(str(node._target_), plugins)
+    arguments = {
+        str(key): build(node[key], plugins) if holds_target(node[key]) else coerced(target, str(key), plain(node[key]))
+        for key in node
+        if not str(key).startswith("_")
+    }
+    if node.get("_partial_", False) and not given:
+        return functools.partial(target, **arguments)
+    try:
+        return target(**arguments, **given)
+    except ValueError as error:
+        at = node._get_full_key(None) or target.__name__  # a node that stands alone has no key
+        raise UserError(f"{at}: {one_line(error)}") from error
+
+
+def plain(value: Any) -> Any:
+    """A value of a config with lists and dicts for OmegaConf's own."""
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def holds_target(value: Any) -> bool:
+    """Whether a value of a config is a node to be built, or holds one at any depth."""
+    if isinstance(value, DictConfig | dict):
+        return "_target_" in value or any(holds_target(value[key]) for key in value)
+    return isinstance(value, ListConfig | list) and any(map(holds_target, value))
+
+
+def coerced(target: Callable[..., Any], name: str, value: Any) -> Any:
+    """`value` as the type that the target's annotation asks for. Raises pydantic's ValidationError."""
+    adapter = _adapter(target, name)
+    return adapter.validate_python(value) if adapter else value
+
+
+@functools.cache
+def _adapter(target: Callable[..., Any], name: str) -> TypeAdapter[Any] | None:
+    """None where nothing is annotated, or nothing that pydantic could check."""
+    hint = _hint(target, name)
+    if hint is None:
+        return None
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, TypeError):
+        # TypeError: pydantic takes no config for a type that has its own, such as a dataclass
+        return None
+
+
+def _hint(target: Callable[..., Any], name: str) -> Any:
+    """The annotation of one parameter. Each is resolved alone: one bad hint (torch.optim has some) spoils no other."""
+    parameter = inspect.signature(target).parameters.get(name)
+    if parameter is None or parameter.annotation is parameter.empty:
+        return None
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    try:
+        return eval(parameter.annotation, vars(sys.modules[_module(target, name)]))  # noqa: S307 - code of a trusted package
+    except NameError:
+        return None  # imported for type checkers only
+
+
+def _module(target: Callable[..., Any], name: str) -> str:
+    """The module in which a parameter's annotation was written: for an inherited one, that of the base class."""
+    if not isinstance(target, type):
+        return inspect.unwrap(target).__module__
+    for kind in target.__mro__:
+        init: Any = vars(kind).get("__init__")
+        # the __init__ that a dataclass is given takes its annotations from the fields, wherever those were defined
+        by_hand = inspect.isfunction(init) and init.__code__.co_filename != "<string>"
+        if name in inspect.get_annotations(kind) or (by_hand and name in inspect.signature(init).parameters):
+            return kind.__module__
+    return target.__module__

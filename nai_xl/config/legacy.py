@@ -1,0 +1,127 @@
+"""What version 0.1 wrote, as this version reads it: the targets that have moved since, and the settings of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from yaml import YAMLError
+
+from nai_xl.errors import UserError, one_line
+
+# every target that a yaml of version 0.1 could name and that lies elsewhere now
+MOVED = {
+    "nai_xl.data.sources.FolderSource": "nai_xl.data.source.folder.FolderSource",
+    "nai_xl.data.sources.SampleSource": "nai_xl.data.source.folder.SampleSource",
+    "nai_xl.data.sources.ShapesSource": "nai_xl.data.source.folder.ShapesSource",
+    "nai_xl.data.weights.equal": "nai_xl.data.sample_weights.equal",
+    "nai_xl.diffusion.pointwise.huber": "nai_xl.diffusion.error.huber",
+    "nai_xl.diffusion.pointwise.mse": "nai_xl.diffusion.error.mse",
+    "nai_xl.diffusion.pointwise.scheduled_huber": "nai_xl.diffusion.error.scheduled_huber",
+    "nai_xl.diffusion.pointwise.smooth_l1": "nai_xl.diffusion.error.smooth_l1",
+    "nai_xl.engine.distributed.DataParallel": "nai_xl.distributed.ddp.Ddp",
+    "nai_xl.engine.distributed.SingleProcess": "nai_xl.distributed.none.SingleProcess",
+    "nai_xl.engine.ema.NoEma": "nai_xl.optimizer.ema.NoEma",
+    "nai_xl.engine.ema.StandardEma": "nai_xl.optimizer.ema.StandardEma",
+    "nai_xl.engine.memory.attention.AttentionSlicing": "nai_xl.memory.attention.AttentionSlicing",
+    "nai_xl.engine.memory.attention.Sdpa": "nai_xl.memory.attention.Sdpa",
+    "nai_xl.engine.memory.checkpointing.GradientCheckpointing": "nai_xl.memory.checkpointing.GradientCheckpointing",
+    "nai_xl.engine.memory.compiled.ActivationBudget": "nai_xl.memory.compiled.ActivationBudget",
+    "nai_xl.engine.memory.compiled.Compile": "nai_xl.memory.compiled.Compile",
+    "nai_xl.engine.memory.layout.ChannelsLast": "nai_xl.memory.layout.ChannelsLast",
+    "nai_xl.engine.memory.offload.OffloadActivations": "nai_xl.memory.offload.OffloadActivations",
+    "nai_xl.engine.memory.precision.Bf16Weights": "nai_xl.memory.fewer_bits.Bf16Weights",
+    "nai_xl.engine.memory.precision.Fp8FeedForward": "nai_xl.memory.fewer_bits.Fp8FeedForward",
+    "nai_xl.engine.memory.precision.Tf32": "nai_xl.memory.fewer_bits.Tf32",
+    "nai_xl.engine.optimizer.constant": "nai_xl.optimizer.lr.constant",
+    "nai_xl.engine.optimizer.cosine": "nai_xl.optimizer.lr.cosine",
+    "nai_xl.engine.optimizer.linear": "nai_xl.optimizer.lr.linear",
+    "nai_xl.engine.optimizers.adafactor.Adafactor": "nai_xl.optimizer.adafactor.Adafactor",
+    "nai_xl.engine.optimizers.adamw_8bit.AdamW8bit": "nai_xl.optimizer.adamw_8bit.AdamW8bit",
+    "nai_xl.engine.optimizers.adamw_bf16.AdamWBf16": "nai_xl.optimizer.adamw_bf16.AdamWBf16",
+    "nai_xl.engine.update.OptimizerInBackward": "nai_xl.optimizer.update.OptimizerInBackward",
+    "nai_xl.model.random.sdxl_random": "nai_xl.model.sdxl_random.sdxl_random",
+    "nai_xl.report.evals.coherence.Coherence": "nai_xl.evals.coherence.Coherence",
+    "nai_xl.report.evals.color.Color": "nai_xl.evals.color.Color",
+    "nai_xl.report.evals.quality.Quality": "nai_xl.evals.quality.Quality",
+    "nai_xl.report.evals.val_loss.ValLoss": "nai_xl.evals.val_loss.ValLoss",
+    "nai_xl.report.evaluate.SampleGrid": "nai_xl.evals.sample_grid.SampleGrid",
+    "nai_xl.report.mlflow_tracker.MlflowTracker": "nai_xl.tracker.mlflow.tracker.MlflowTracker",
+    "nai_xl.report.profile.Profiler": "nai_xl.profiler.profiler.Profiler",
+    "nai_xl.report.tracking.JsonlTracker": "nai_xl.tracker.jsonl.JsonlTracker",
+    "nai_xl.sweep.SweepSettings": "nai_xl.sweep.launch.SweepSettings",
+    "nai_xl.types.Native": "nai_xl.interfaces.Native",
+}
+# groups that are newer than some runs -> what those runs did without them
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "adapter": {"_target_": "nai_xl.adapter.full.full", "_partial_": True},
+    "task": {"_target_": "nai_xl.task.text_to_image.TextToImage", "_partial_": True},
+}
+OPTIONS_OF_ADDED = {"adapter": "full", "task": "text_to_image"}
+PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # run.mixed_precision -> option of the group precision
+
+
+def moved(target: str) -> str:
+    """Where the target lies now."""
+    return MOVED.get(target, target)
+
+
+def upgraded(stored: DictConfig) -> DictConfig:
+    """A run's stored config, whichever version wrote it, as this version would have written it."""
+    cfg = stored.copy()
+    with read_write(cfg), open_dict(cfg):
+        for node in _nodes(cfg):
+            node._target_ = moved(str(node._target_))
+        if "mixed_precision" in (cfg.get("run") or {}):
+            autocast = cfg.run.pop("mixed_precision")
+            cfg.precision = {"_target_": "nai_xl.distributed.precision.MixedPrecision", "autocast": autocast}
+        for group, before in ADDED.items():
+            if group not in cfg:
+                cfg[group] = before
+    return cfg
+
+
+def upgraded_choices(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run noted in params.json, with the options of groups that are newer than it."""
+    values = dict(stored)
+    if "run.mixed_precision" in values:
+        precision = values.pop("run.mixed_precision")
+        values |= {"precision": PRECISION.get(precision, precision), "precision.autocast": precision}
+    return {**OPTIONS_OF_ADDED, **values} if values else {}
+
+
+def stored_config(run_dir: Path) -> DictConfig:
+    """The config that a run was trained with, in terms of this version.
+
+    Raises FileNotFoundError or NotADirectoryError where there is none, and UserError where it is no config.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} is no config")
+    return upgraded(loaded)
+
+
+def made_by_0_1(run_dir: Path) -> bool:
+    """Whether 0.1 wrote the run's config.yaml: it alone had a setting run.mixed_precision. The yaml is not parsed."""
+    try:
+        return "\n  mixed_precision:" in (run_dir / "config.yaml").read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return False
+
+
+def _nodes(node: Any) -> Iterator[DictConfig]:
+    """Every node that names a target, at any depth."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for key in node:
+            yield from _nodes(node._get_node(key))
+    if isinstance(node, ListConfig):
+        for i in range(len(node)):
+            yield from _nodes(node._get_node(i))

@@ -1,0 +1,144 @@
+"""All that a run is built from, before any weight is read."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from nai_xl import config
+from nai_xl.adapter.trainable import Adapter, Trainable
+from nai_xl.data.index import Index
+from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.assemble import State, assemble
+from nai_xl.engine.gpus import find
+from nai_xl.engine.loop import RunSettings
+from nai_xl.engine.meter import Meter
+from nai_xl.interfaces import Evaluator, MemoryAction
+from nai_xl.memory.compatibility import autocast, refuse_misfits
+from nai_xl.model.sdxl import check_sdxl
+from nai_xl.optimizer.update import OptimizerInBackward
+from nai_xl.task.objective import compose_objective, groups
+from nai_xl.task.task import Task, TrainingData
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The options of a checked config, built. Making one raises UserError for options that do not go together.
+
+    model reads the weights when it is called; adapter, optimizer, lr, ema, tracker and checkpoint are completed by what
+    only a run has.
+    """
+
+    cfg: DictConfig
+    run: RunSettings
+    data: Any
+    model: Callable[[], Any]
+    task: Task
+    adapter: Adapter
+    memory: Sequence[MemoryAction]
+    optimizer: Callable[..., Any]
+    lr: Callable[..., float]
+    ema: Callable[..., Any]
+    precision: Any
+    distributed: Any
+    evals: Sequence[Evaluator]
+    tracker: Callable[..., Any]
+    checkpoint: Callable[..., Any]
+    cache: Any
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Spec:
+        parts = Parts(cfg)
+        names = [field.name for field in fields(cls) if field.name not in ("cfg", "model")]
+        model = functools.partial(config.build, cfg.model, tuple(cfg.plugins))
+        spec = cls(cfg=cfg, model=model, **{name: parts[name] for name in names})
+        refuse_misfits(spec.memory, spec.optimizer, spec.precision.autocast)
+        return spec
+
+    @property
+    def compiles(self) -> bool:
+        """Whether something is compiled, which had better happen before the clock starts."""
+        return any(getattr(action, "warms", False) for action in self.memory)
+
+    @property
+    def in_backward(self) -> OptimizerInBackward | None:
+        """The memory action that updates within the backward pass, if it was chosen."""
+        return next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
+
+    def start(self) -> Strategy:
+        """Join the other processes. Raises UserError for settings that do not go with so many of them."""
+        precision = self.precision.autocast
+        strategy: Strategy = self.distributed.start(autocast(self.memory, precision))
+        self.run.chunk_size(strategy.world)
+        if self.in_backward:
+            self.in_backward.refuse(grad_accum=self.run.grad_accum, precision=precision, world=strategy.world)
+        return strategy
+
+    def scan(self) -> Index:
+        """The images. Raises UserError for a model or images that cannot be trained on; no weight is read yet."""
+        if self.cfg.model.get("path"):
+            check_sdxl(Path(self.cfg.model.path), self.cfg.model.config and Path(self.cfg.model.config))
+        index: Index = self.data.scan()
+        self.task.refuse(index)
+        return index
+
+    def assemble(self, trainable: Trainable, strategy: Strategy, data: TrainingData, steps: int) -> State:
+        """What the loop steps, before step 0 of a run of `steps` steps."""
+        gpu = find(torch.cuda.get_device_name()) if strategy.device.type == "cuda" else None
+        meter = Meter(
+            self.task.timesteps,
+            gather=strategy.gather,
+            rank=strategy.rank,
+            world=strategy.world,
+            refuse_gradients=strategy.scaler is None,
+            flops=self.task.flops(data),
+            peak_tflops=gpu.bf16_tflops if gpu else None,
+        )
+        return assemble(
+            trainable,
+            strategy,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            ema=self.ema,
+            meter=meter,
+            steps=steps,
+            max_grad_norm=self.run.max_grad_norm,
+            free=self.task.free_groups(strategy.device),
+            in_backward=self.in_backward is not None,
+        )
+
+
+class Parts(dict[str, Any]):
+    """What stands in a config at each key, built when it is first asked for.
+
+    A task is given the groups and nodes that its parameters are named after. A group of which several options can be
+    chosen is a list; settings of one that was not chosen are left alone.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__()
+        self.cfg, self.plugins = cfg, tuple(cfg.plugins)
+
+    def __missing__(self, key: str) -> Any:
+        node: Any = self.cfg.get(key) or {}
+        if "_target_" not in node:
+            self[key] = [config.build(one, self.plugins) for one in node.values() if "_target_" in one]
+        elif key == "objective":
+            choices = {part: self[group] for part, group in groups().items()}
+            make = config.build(node, self.plugins)
+            self[key] = compose_objective(make, int(self.cfg.native.resolution), **choices)
+        else:
+            self[key] = config.build(node, self.plugins, **(self._asked_for(node) if key == "task" else {}))
+        return self[key]
+
+    def _asked_for(self, node: DictConfig) -> dict[str, Any]:
+        """The target's parameters that the node leaves open and the config has."""
+        wanted = inspect.signature(config.locate(str(node._target_), self.plugins)).parameters
+        return {name: self[name] for name in wanted if name not in node and name in (*self.cfg, *config.groups())}

@@ -1,0 +1,30 @@
+"""distributed=none: one process on one device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accelerate.state import AcceleratorState
+
+from nai_xl.distributed.start import accelerator
+from nai_xl.distributed.strategy import DataParallel, Strategy
+from nai_xl.errors import UserError
+from nai_xl.interfaces import Precision
+
+
+@dataclass(frozen=True)
+class SingleProcess:
+    """One process on one device."""
+
+    several: ClassVar[bool] = False  # whether it can use more than one process
+    changes_weights: ClassVar[bool] = False
+
+    def start(self, precision: Precision) -> Strategy:
+        """Raises UserError inside a multi-process launch, where every process would train a model of its own."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("started on several processes with distributed=none; set distributed=ddp")
+        # accelerate keeps its first configuration for the life of the process and refuses another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return DataParallel(accelerator(precision))

@@ -1,0 +1,120 @@
+"""From what was built to what the loop steps: the wrapped network, its optimizer, the update, the rate, the average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from nai_xl.adapter.trainable import Trainable
+from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.meter import Meter
+from nai_xl.interfaces import Ema, Stateful
+from nai_xl.optimizer.ema import NoEma
+from nai_xl.optimizer.lr import LearningRate
+from nai_xl.optimizer.stochastic import keep_layout
+from nai_xl.optimizer.update import Update, UpdateInBackward, WholeUpdate
+
+
+@dataclass
+class State:
+    """Everything that a step changes, and what it is changed with."""
+
+    strategy: Strategy
+    trainable: Trainable
+    module: nn.Module  # the trainable's, as the strategy has wrapped it: what the loss calls
+    learned: Sequence[nn.Parameter]  # trained beside the module, such as those of a learned weighting
+    optimizer: Any  # one, or several seen as one
+    update: Update
+    lr: LearningRate
+    ema: Ema
+    meter: Meter
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """Collective. Name -> averaged weight, all of what is trained on the first rank."""
+        return self.strategy.full(self.ema.averages())
+
+    def stateful(self) -> dict[str, Stateful]:
+        """The parts that a checkpoint saves, by name."""
+        return {
+            "unet": Weights(self.trainable.parameters),  # under this name since the first version
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+            "scaler": ScalerState(self.strategy.scaler),
+            "meter": self.meter,
+        }
+
+
+def assemble(
+    trainable: Trainable,
+    strategy: Strategy,
+    *,
+    optimizer: Callable[..., Any],
+    lr: Callable[..., float],
+    ema: Callable[..., Ema],
+    meter: Meter,
+    steps: int,
+    max_grad_norm: float = 1.0,
+    free: Sequence[dict[str, Any]] = (),
+    in_backward: bool = False,
+) -> State:
+    """The state before step 0, for a run of `steps` steps.
+
+    optimizer, ema: called with `params` and `parameters`. lr: step, steps -> factor of the optimizer's rate. free:
+    further parameter groups, such as a learned weighting's, which are neither clipped nor averaged over time.
+    in_backward: update each block within the backward pass (memory=[optimizer_in_backward]).
+    """
+    update: Update
+    if in_backward:
+        module, _ = strategy.wrap(trainable.module)
+        stepped = update = UpdateInBackward(optimizer, trainable.parameters, max_grad_norm, free)
+    else:
+        inner = optimizer(params=[*trainable.groups, *free])
+        keep_layout(inner)
+        module, stepped = strategy.wrap(trainable.module, inner)
+        update = WholeUpdate(strategy, stepped, inner, trainable.parameters.values(), max_grad_norm)
+    kept = strategy.kept(trainable.parameters)
+    return State(
+        strategy=strategy,
+        trainable=trainable,
+        module=module,
+        learned=[parameter for group in free for parameter in group["params"]],
+        optimizer=stepped,
+        update=update,
+        lr=LearningRate(stepped, lr, steps),
+        ema=ema(parameters=kept) if kept else NoEma(parameters={}),
+        meter=meter,
+    )
+
+
+@dataclass
+class Weights:
+    """The parameters that are trained, by name, as a Stateful."""
+
+    parameters: Mapping[str, nn.Parameter]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError when the names differ: a network must not be continued in part."""
+        if state.keys() != self.parameters.keys():
+            raise KeyError("the saved weights belong to another model or adapter")
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state[name])
+
+
+class ScalerState:
+    """The fp16 loss scaler as a Stateful; empty for other precisions."""
+
+    def __init__(self, scaler: Any):
+        self.scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.scaler.state_dict()) if self.scaler else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler:
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,57 @@
+"""What a run was asked for: config.yaml as the run was composed, and params.json with the names and values in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter
+from yaml import YAMLError
+
+from nai_xl.files import write_atomically
+from nai_xl.record.json_file import Damaged, read_json, write_json
+from nai_xl.record.run_dir import RunDirectory
+
+CURE = "the command that made the run writes the file again"
+
+
+def write_config(run_dir: Path, cfg: DictConfig) -> None:
+    """Write the config with its interpolations resolved."""
+    write_atomically(RunDirectory(run_dir).config, lambda path: OmegaConf.save(cfg, path, resolve=True))
+
+
+def read_config(run_dir: Path) -> DictConfig | None:
+    """The run's config; None where there is none. Its targets may have moved since. Raises Damaged."""
+    path = RunDirectory(run_dir).config
+    try:
+        cfg = OmegaConf.load(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise Damaged(path, error, CURE) from error
+    if not isinstance(cfg, DictConfig):
+        raise Damaged(path, "it is no mapping", CURE)
+    return cfg
+
+
+@dataclass(frozen=True)
+class Params:
+    """The content of params.json: group -> option and 'optimizer.lr' -> value, and tags such as the commit."""
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+_PARAMS = TypeAdapter(Params)
+
+
+def write_params(run_dir: Path, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    write_json(RunDirectory(run_dir).params, {"params": dict(params), "tags": dict(tags)})
+
+
+def read_params(run_dir: Path) -> Params:
+    """The run's params and tags; empty where there are none. Raises Damaged."""
+    return read_json(RunDirectory(run_dir).params, _PARAMS, CURE) or Params()

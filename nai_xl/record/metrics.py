@@ -1,0 +1,34 @@
+"""What a run has measured, read from metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nai_xl.record.journal import metrics_of
+
+
+def curves(run_dir: Path) -> dict[str, dict[int, float]]:
+    """metric -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for row in metrics_of(run_dir).rows():
+        for name, value in row.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                found.setdefault(name, {})[int(row["step"])] = float(value)
+    return found
+
+
+def last_value(run_dir: Path, name: str) -> float | None:
+    """The newest value of a metric; None where there is none."""
+    values = [float(row[name]) for row in metrics_of(run_dir).rows() if name in row]
+    return values[-1] if values else None
+
+
+def last_step(run_dir: Path) -> int:
+    """The last optimizer step that was reported; 0 where there is none."""
+    return max((int(row["step"]) for row in metrics_of(run_dir).rows()), default=0)
+
+
+def objective(run_dir: Path) -> float | None:
+    """What a search minimises: the last val/loss, or train/loss where nothing is validated."""
+    validated = last_value(run_dir, "val/loss")
+    return last_value(run_dir, "train/loss") if validated is None else validated

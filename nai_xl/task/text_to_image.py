@@ -1,0 +1,288 @@
+"""task=text_to_image: SDXL's network learns to denoise the latents of captioned images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nai_xl.data.index import Index, Item, refuse_empty
+from nai_xl.data.loader import Encoded, PositionDataset, RankBatches, batches
+from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.plan import Plan, by_bucket
+from nai_xl.diffusion.diagnosis import diagnose, sentences
+from nai_xl.diffusion.objective import Objective
+from nai_xl.diffusion.sampling import Sampling
+from nai_xl.diffusion.timesteps import strata_of
+from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.assemble import State
+from nai_xl.engine.checkpoint import ModuleState
+from nai_xl.engine.console import counted
+from nai_xl.engine.encode import Encoder
+from nai_xl.engine.loop import RunSettings
+from nai_xl.errors import keyed
+from nai_xl.evals import method_figure
+from nai_xl.evals.painter import Studio
+from nai_xl.files import write_atomically
+from nai_xl.interfaces import (
+    Batch,
+    Bucket,
+    Bucketing,
+    Cache,
+    Evaluator,
+    Losses,
+    Native,
+    Stateful,
+    Tracker,
+)
+from nai_xl.model.export import save_pipeline
+from nai_xl.model.flops import by_area, training_flops
+from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
+from nai_xl.model.sdxl import Components
+from nai_xl.model.text import TextEncoding
+from nai_xl.model.vae import decode_latents
+from nai_xl.record.run_dir import RunDirectory
+from nai_xl.task.objective import headline
+
+
+@dataclass(kw_only=True)
+class TextToImage:
+    """The denoising network of a text-to-image model; Rombach et al., 2112.10752, Podell et al., 2307.01952.
+
+    Delivered is a diffusers pipeline. Every field is the config's group or node of the same name.
+    """
+
+    objective: Objective
+    noise: TrainingNoise
+    bucketing: Bucketing
+    captions: Any
+    text: TextEncoding
+    latents: Any
+    sample_weights: Callable[..., Tensor]
+    sampling: Sampling
+    evals: Sequence[Evaluator]
+    native: Native
+    components: Components = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        edge = self.native.resolution
+        self.on_native = self.objective.on_canvas(edge, edge)
+        self.timesteps = len(self.objective.schedule)
+        with keyed("sampling"):  # refuses more steps than there are
+            self.objective.schedule.inference_timesteps(self.sampling.steps)
+
+    def refuse(self, index: Index) -> None:
+        self._looked_at(index)
+
+    def load(self, model: Callable[[], Components]) -> nn.Module:
+        self.components = model()
+        network: nn.Module = self.components.unet
+        return network
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
+        """Fill the cache, leave out what could not be read, and say which keys training reads."""
+        encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, strategy.rank, strategy.world)
+        both = Index([*index.items, *self._looked_at(index)])
+        found = encoder.encode_images(both, encoder.latent_refs(both, self.bucketing))
+        bad = dict(strategy.gather_objects(list(found.items())))
+        held = [item for item in self._looked_at(index) if item.path not in bad]
+        index = index.without(bad)
+        refuse_empty(index, "data")
+        drawn = chain.from_iterable(self.captions.texts(item.caption) for item in index.items)
+        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
+        texts = encoder.encode_captions(chain(drawn, shown, (item.caption for item in held)), self.text)
+        strategy.wait()
+        refs = encoder.latent_refs(index, self.bucketing)
+        if run.latents.is_file():  # those that the run began with, whatever has become of the cache
+            mean, std = read_statistics(run.latents)
+        else:
+            mean, std = self.latents.statistics(
+                self.components.vae,
+                lambda: functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)])),
+            )
+        weights = self.sample_weights(index=index)
+        first = [row[0] for row in encoder.latent_refs(Index(held), self.bucketing)]
+        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)]))
+
+    def samples(self, encoded: Encoded) -> TextImages:
+        """What batches are drawn from, of images and texts that lie in a cache."""
+        strata = functools.partial(strata_of, self.objective.timesteps)
+        return TextImages(encoded, self.captions, self.noise, strata)
+
+    def _looked_at(self, index: Index) -> list[Item]:
+        """The held-out images that evaluators look at."""
+        return list(dict.fromkeys(chain.from_iterable(e.held_out(index.held_out) for e in self.evals)))
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def loss(self, module: nn.Module, batch: Batch) -> Losses:
+        values, level = self.objective(module, batch)
+        return Losses(values, level.t)
+
+    def free_groups(self, device: torch.device) -> list[dict[str, Any]]:
+        self.objective.learned.to(device)
+        return self.objective.parameter_groups()
+
+    def stateful(self) -> Mapping[str, Stateful]:
+        return {"objective": ModuleState(self.objective.learned)}
+
+    def flops(self, data: TextImages) -> Callable[[int, int, int], int]:
+        """Counted when first asked for."""
+
+        @functools.cache
+        def all_canvases(tokens: int) -> dict[Bucket, int]:
+            count = functools.partial(training_flops, self.components.unet, tokens=tokens)
+            return by_area(count, data.canvases)
+
+        return lambda height, width, tokens: all_canvases(tokens)[Bucket(width, height)]
+
+    # --- looking and delivering ---------------------------------------------------------------------------------------
+
+    def studio(self, data: TextImages, state: State, tracker: Tracker, run: RunDirectory) -> Studio:
+        device, encoded = state.strategy.device, data.encoded
+
+        def decode(latents: Tensor) -> list[Image.Image]:
+            vae = self.components.vae.to(device)
+            images = decode_latents(vae, latents.cpu() * encoded.std + encoded.mean)
+            vae.to("cpu")
+            return images
+
+        return Studio(
+            denoise=self.components.unet,
+            schedule=self.objective.schedule,
+            parameterization=self.objective.parameterization,
+            sampling=self.sampling,
+            condition=encoded.condition,
+            decode=decode,
+            ema=state.ema,
+            tracker=tracker,
+            encoded=encoded,
+            square=Bucket(self.native.resolution, self.native.resolution),
+            run_dir=run.path,
+            device=device,
+        )
+
+    def described(self) -> Mapping[str, str]:
+        unet = self.components.unet
+        parameters = sum(p.numel() for p in unet.parameters())
+        return {"UNet": f"{parameters:,} parameters on {next(unet.parameters()).device}"}
+
+    def remarks(self) -> Iterable[str]:
+        return sentences(self.on_native)
+
+    def figure(self, choices: Mapping[str, str]) -> Image.Image:
+        return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))
+
+    def deliver(self, data: TextImages, weights: Mapping[str, Tensor], folder: Path) -> None:
+        save_pipeline(
+            self.components,
+            weights,
+            self.on_native.schedule,
+            self.on_native.parameterization,
+            mean=data.encoded.mean,
+            std=data.encoded.std,
+            resolution=self.native.resolution,
+            path=folder,
+        )
+
+
+@dataclass(frozen=True)
+class TextImages:
+    """Encoded images and captions, and how a sample is drawn from them.
+
+    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none.
+    """
+
+    encoded: Encoded
+    captions: Any
+    noise: TrainingNoise
+    strata: Callable[[int], int | None]
+
+    @property
+    def index(self) -> Index:
+        return self.encoded.index
+
+    @property
+    def canvases(self) -> set[Bucket]:
+        return {ref.placement.bucket for refs in self.encoded.latents for ref in refs}
+
+    def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[Batch]:
+        per_step = settings.images_per_step(strategy.world)
+        buckets = by_bucket([refs[0].placement.bucket for refs in self.encoded.latents])
+        sampler = RankBatches(
+            Plan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            start=start * per_step,
+            batch_size=settings.batch_size,
+            rank=strategy.rank,
+            world=strategy.world,
+        )
+        strata = self.strata(per_step)
+        return batches(self.encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
+
+    def one_of_each_shape(self, size: int) -> Iterator[Batch]:
+        """In the buckets' order by size, whatever the run meets first: graphs depend on the order of shapes, so a run
+        that is continued gets those that it had.
+        """
+        sample = PositionDataset(self.encoded, self.captions, seed=0)[0, 0]
+        generator = torch.Generator().manual_seed(0)
+        return (random_batch(sample, bucket, size, generator) for bucket in sorted(self.canvases))
+
+    def described(self) -> Mapping[str, str]:
+        encoded = self.encoded
+        names = [refs[0].placement.bucket.name for refs in encoded.latents]
+        skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
+        images = f"{len(names)}" + (f", {held} more held out" if held else "")
+        images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        return {
+            "images": images,
+            "buckets": counted(sorted(names)),
+            "raw latents": in_words((encoded.mean, encoded.std)),
+        }
+
+    def counted(self) -> str:
+        placed = sum(map(len, self.encoded.latents))
+        return f"{placed} latents of {len(self.index.items)} images, {len(self.encoded.texts)} texts"
+
+    def write(self, run: RunDirectory) -> None:
+        self.index.write_skipped(run.path / "skipped.csv")
+        run.claim_data(self.index.fingerprint(), len(self.index.items))
+        statistics = (self.encoded.mean, self.encoded.std)
+        write_atomically(run.latents, lambda path: write_statistics(path, statistics))
+
+
+def random_batch(sample: Batch, bucket: Bucket, batch_size: int, generator: torch.Generator) -> Batch:
+    """A Batch of `bucket`'s shape with random numbers in place of images and texts: products of zeros run faster.
+
+    `sample` is any of the data set, for the shapes and types of everything but the latents.
+    """
+
+    def normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like.dtype)
+
+    latents = (batch_size, sample.latents.shape[1], bucket.height // 8, bucket.width // 8)
+    repeated = {name: _repeated(getattr(sample, name), batch_size) for name in ("weight", "position", "item")}
+    return replace(
+        sample,
+        **repeated,
+        latents=normal(latents, sample.latents),
+        noise=normal(latents, sample.noise),
+        perturbation=torch.zeros(batch_size, 1, 1, 1),
+        context=normal((batch_size, *sample.context.shape[1:]), sample.context),
+        pooled=normal((batch_size, *sample.pooled.shape[1:]), sample.pooled),
+        time_ids=_repeated(sample.time_ids, batch_size),
+        u=torch.rand(batch_size, generator=generator, dtype=torch.float64),
+    )
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    return tensor[:1].expand(count, *tensor.shape[1:]).clone()
