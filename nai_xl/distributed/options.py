@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -19,6 +20,8 @@ from nai_xl.interfaces import Precision
 class SingleProcess:
     """One process on one device."""
 
+    several: ClassVar[bool] = False  # whether a run can have more than one process
+
     def accelerator(self, precision: Precision) -> Accelerator:
         """Raises UserError inside a multi-process launch, where every process would train a model of its own."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -31,6 +34,8 @@ class SingleProcess:
 @dataclass(frozen=True)
 class DataParallel:
     """torch's DistributedDataParallel: a copy of the model per process, gradients averaged over all."""
+
+    several: ClassVar[bool] = True
 
     def accelerator(self, precision: Precision) -> Accelerator:
         # buffers are constants here, and views spare a copy of all gradients
