@@ -52,7 +52,7 @@ MOVED = {
     "nai_xl.report.mlflow_tracker.MlflowTracker": "nai_xl.tracker.mlflow.tracker.MlflowTracker",
     "nai_xl.report.profile.Profiler": "nai_xl.profiler.profiler.Profiler",
     "nai_xl.report.tracking.JsonlTracker": "nai_xl.tracker.jsonl.JsonlTracker",
-    "nai_xl.sweep.SweepSettings": "nai_xl.sweep.launch.SweepSettings",
+    "nai_xl.sweep.SweepSettings": "nai_xl.sweep.settings.SweepSettings",
     "nai_xl.types.Native": "nai_xl.interfaces.Native",
 }
 # groups that are newer than some runs -> what those runs did without them
