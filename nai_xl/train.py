@@ -40,7 +40,7 @@ from nai_xl.inspect.combinations import headline
 from nai_xl.interfaces import Batch, Bucket, Tracker
 from nai_xl.memory import process_wide
 from nai_xl.memory.compatibility import autocast, refuse_misfits
-from nai_xl.memory.compiled import uncompiled
+from nai_xl.memory.compile import uncompiled
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, Statistics, in_words, read_statistics, write_statistics
@@ -50,8 +50,9 @@ from nai_xl.model.vae import decode_latents
 from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.lr import LearningRate
 from nai_xl.optimizer.stochastic import keep_layout
-from nai_xl.optimizer.update import OptimizerInBackward, Update, UpdateInBackward, WholeUpdate
-from nai_xl.profiler.profiler import NoProfiler, Profiler, Setup
+from nai_xl.optimizer.update import Update, UpdateInBackward, WholeUpdate
+from nai_xl.profiler.advice import Setup
+from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmNote, objective
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
@@ -86,7 +87,7 @@ class Job:
         self.precision = self.build(self.cfg.precision)
         self.memory, self.evals = self._several("memory"), self._several("evals")
         refuse_misfits(self.memory, self.build(self.cfg.optimizer), self.precision.autocast)
-        self.in_backward = next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
+        self.in_backward = next((action for action in self.memory if action.updates_in_backward), None)
         self.home = RunDirectory(config.run_dir(self.cfg, self.choices))
         self.note = ArmNote(self.home, arm_of(self.cfg, self.arm))
 
@@ -285,7 +286,7 @@ class Job:
 
     def _warm_up(self, unet: Any, encoded: Encoded, read: DataLoader[Batch], tracker: Tracker, start: int) -> None:
         """Let actions that compile do so before the clock starts."""
-        if any(getattr(action, "warms", False) for action in self.memory):
+        if any(action.compiles for action in self.memory):
             buckets = {ref.placement.bucket for refs in encoded.latents for ref in refs}
             seconds = warm_up(
                 self.objective, unet, self.accelerator, read.dataset[0, 0], buckets, self.settings.batch_size
@@ -296,7 +297,8 @@ class Job:
     def _profiler(self, tracker: Tracker, steps: int) -> Profiler | NoProfiler:
         if self.cfg.profile is None or not self.accelerator.is_main_process:
             return NoProfiler()
-        run, memory = self.settings, tuple(map(str, self.cfg.get("memory") or ()))
+        names = [str(name) for name, node in (self.cfg.get("memory") or {}).items() if "_target_" in node]
+        run, memory = self.settings, dict(zip(names, self.memory, strict=True))
         return self.build(
             self.cfg.profile,
             steps=steps,

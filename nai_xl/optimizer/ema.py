@@ -40,6 +40,11 @@ class StandardEma:
         self.pairs: tuple[list[Tensor], list[Tensor]] = [*self.shadow.values()], [*self.live.values()]
         self.away = _Away(self.pairs[1]) if device else None
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the average lies in main memory, and takes none of the device's."""
+        return self.away is not None
+
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 1, if its turn has come."""
         early = step <= 10 * self.every
@@ -127,6 +132,8 @@ class _Away:
 
 class NoEma:
     """No average: evaluation and export take the trained weights."""
+
+    on_host = False
 
     def __init__(self, model: nn.Module):
         self.live = dict(model.named_parameters())
