@@ -140,5 +140,5 @@ def _told_unknown_key(path: str) -> str:
     if isinstance(node, DictConfig) and "_target_" in node:
         known = list(inspect.signature(locate(str(node._target_), named)).parameters)
         return f"{path}: no parameter '{key}' in {str(node._target_).rpartition('.')[2]}{did_you_mean(key, known)}"
-    known = [str(k) for k in node] if isinstance(node, DictConfig) else [*settings(), *groups(*added)]
+    known = [str(k) for k in node] if parent and isinstance(node, DictConfig) else [*settings(), *groups(*added)]
     return f"no setting '{path}'{did_you_mean(key, known)}"

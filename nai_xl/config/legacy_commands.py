@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from nai_xl.config.groups import conf_dir, options
@@ -49,7 +49,7 @@ def _understood(argument: str) -> list[str]:
         return [argument]
     try:
         values = _values(argument)
-    except OverrideParseException:
+    except HydraException:
         return [argument]  # Hydra tells why
     new = _hardware(argument, values) if "memory=" in argument else _precision(values)
     if new != [argument]:

@@ -1,0 +1,26 @@
+"""What tests of several modules need: every option of the package, and how to choose it."""
+
+import functools
+
+from omegaconf import DictConfig
+
+from nai_xl import config
+
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(config.conf_dir().glob("*/*.yaml"))]
+NEEDED = {
+    ("model", "sdxl"): ["model.path=x"],
+    ("data", "folder"): ["data.dir=."],
+    ("recipe", "sdxl_nai_v3"): ["model.path=x", "data.dir=."],
+}
+MULTIPLE = ("memory", "evals")
+
+
+def chosen(group: str, option: str) -> list[str]:
+    value = f"[{option}]" if group in MULTIPLE else option
+    return [f"{group}={value}", *NEEDED.get((group, option), [])]
+
+
+@functools.cache
+def composed(*overrides: str) -> DictConfig:
+    """The config of these overrides, shared between tests, which leave it as it is: composing takes a third second."""
+    return config.compose(overrides)
