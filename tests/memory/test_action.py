@@ -1,5 +1,6 @@
 """What the options say of themselves, and that others ask them that and not their names."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -29,15 +30,21 @@ class Own(MemoryAction):
         return "own"
 
 
+@functools.cache
+def the_action(option: str) -> MemoryAction:
+    (action,) = actions(f"[{option}]")
+    return action
+
+
 @pytest.mark.parametrize("option", ABLE)
 def test_an_option_is_one_action_that_states_its_tolerance(option: str) -> None:
-    (action,) = actions(f"[{option}]")
+    action = the_action(option)
     assert isinstance(action, MemoryAction) and 0 <= action.tolerance < 0.1
     assert action.attention in (None, option)
 
 
 def named(member: str, value: Any) -> set[str]:
-    return {option for option in ABLE if getattr(actions(f"[{option}]")[0], member) == value}
+    return {option for option in ABLE if getattr(the_action(option), member) == value}
 
 
 def test_which_options_are_what() -> None:
