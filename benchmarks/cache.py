@@ -22,14 +22,14 @@ from PIL import Image
 
 from nai_xl import config
 from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index
 from nai_xl.data.loader import PositionDataset
-from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.data.source.folder import FolderSource
 from nai_xl.engine.encode import Encoder
 from nai_xl.interfaces import Bucket
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.sdxl_random import sdxl_random
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import tiny_sdxl
@@ -117,9 +117,9 @@ def plan(count: int) -> Iterator[Row]:
     weights = 1 / (1 + np.arange(BUCKETS))
     buckets = [sizes[n] for n in draw.choice(BUCKETS, size=count, p=weights / weights.sum())]
     grouped = by_bucket(buckets)
-    whole = timed(lambda: Plan(by_bucket(buckets), seed=0, chunk=32).epoch(1), 5)
+    whole = timed(lambda: EpochPlan(by_bucket(buckets), seed=0, chunk=32).epoch(1), 5)
     yield duration(f"epoch plan, {count:,} images, with the grouping", whole, "s", 1, 0.5 * count / MILLION)
-    alone = timed(lambda: Plan(grouped, seed=0, chunk=32).epoch(1), 5)
+    alone = timed(lambda: EpochPlan(grouped, seed=0, chunk=32).epoch(1), 5)
     yield duration(f"epoch plan, {count:,} images, grouped before", alone, "s", 1)
 
 

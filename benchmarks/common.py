@@ -34,7 +34,7 @@ from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
 from nai_xl.interfaces import Batch, Bucket, Cache, Placement
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -189,7 +189,8 @@ class Watched:
 def watched(parts: Training, around: Callable[[str], AbstractContextManager[Any]]) -> Training:
     """The same training, in which every collaborator of the loop is called inside around("COLLABORATOR.method")."""
     names = ("strategy", "module", "update", "lr", "ema", "meter")
-    state = replace(parts.state, **{name: Watched(getattr(parts.state, name), name, around) for name in names})
+    seen: dict[str, Any] = {name: Watched(getattr(parts.state, name), name, around) for name in names}
+    state = replace(parts.state, **seen)
     loss: Any = Watched(parts.loss, "loss", around)
     return replace(parts, state=state, loss=loss, batches=Watched(parts.batches, "batches", around))
 
@@ -247,7 +248,7 @@ def training(
     spec = Spec.of(cfg)
     strategy = spec.start()
     task: Any = spec.task
-    components: Any = Components(unet, None, (None, None), (None, None))  # type: ignore[arg-type]
+    components: Any = Components(unet, None, (None, None), (None, None))
     samples = task.samples(data)
     with storage or nullcontext():
         trainable = spec.adapter(task.load(lambda: components))

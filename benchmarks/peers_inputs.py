@@ -14,7 +14,7 @@ from PIL import Image
 from nai_xl.diffusion.parameterization import Epsilon
 from nai_xl.diffusion.schedule import scaled_linear
 from nai_xl.model.export import save_pipeline
-from nai_xl.model.sdxl import SDXL_BASE
+from nai_xl.model.sdxl.configs import SDXL_BASE
 from nai_xl.model.sdxl_random import sdxl_random
 
 # where sd-scripts looks for tokenizers before it asks the hub

@@ -21,7 +21,7 @@ from nai_xl.memory import layout
 from nai_xl.memory.attention import Sdpa
 from nai_xl.memory.checkpointing import GradientCheckpointing
 from nai_xl.memory.layout import ChannelsLast
-from nai_xl.model.sdxl import SDXL_BASE
+from nai_xl.model.sdxl.configs import SDXL_BASE
 
 ROWS: dict[str, list[MemoryAction]] = {
     "math": [Sdpa("math")],

@@ -250,11 +250,14 @@ class Evaluator(Protocol):
 
     changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
     their evaluators alone are one run.
+
+    looks_at: the task whose model the evaluator looks at, by the name of that option.
     """
 
     better: ClassVar[Mapping[str, Direction]]
     changes_weights: ClassVar[bool]
     every: int
+    looks_at: ClassVar[str]
 
     def texts(self, items: Sequence[Any]) -> list[str]:
         """The texts that `run` will need. They are encoded before training, since the text encoders are not kept.

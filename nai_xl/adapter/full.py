@@ -8,5 +8,5 @@ from nai_xl.adapter.trainable import Trainable
 
 
 def full(module: nn.Module) -> Trainable:
-    """All of `module`: full fine-tuning."""
-    return Trainable(module, dict(module.named_parameters()))
+    """All of `module` but what its task has frozen: full fine-tuning."""
+    return Trainable(module, {name: p for name, p in module.named_parameters() if p.requires_grad})

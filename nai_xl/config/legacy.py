@@ -14,13 +14,14 @@ from nai_xl.errors import UserError, one_line
 # every target that a yaml of version 0.1 could name and that lies elsewhere now
 MOVED = {
     "nai_xl.data.sources.FolderSource": "nai_xl.data.source.folder.FolderSource",
-    "nai_xl.data.sources.SampleSource": "nai_xl.data.source.folder.SampleSource",
-    "nai_xl.data.sources.ShapesSource": "nai_xl.data.source.folder.ShapesSource",
+    "nai_xl.data.sources.SampleSource": "nai_xl.data.source.sample.SampleSource",
+    "nai_xl.data.sources.ShapesSource": "nai_xl.data.source.shapes.ShapesSource",
     "nai_xl.data.weights.equal": "nai_xl.data.sample_weights.equal",
     "nai_xl.diffusion.pointwise.huber": "nai_xl.diffusion.error.huber",
     "nai_xl.diffusion.pointwise.mse": "nai_xl.diffusion.error.mse",
     "nai_xl.diffusion.pointwise.scheduled_huber": "nai_xl.diffusion.error.scheduled_huber",
     "nai_xl.diffusion.pointwise.smooth_l1": "nai_xl.diffusion.error.smooth_l1",
+    "nai_xl.diffusion.uncertainty.Uncertainty": "nai_xl.diffusion.loss.Uncertainty",
     "nai_xl.engine.distributed.DataParallel": "nai_xl.distributed.ddp.Ddp",
     "nai_xl.engine.distributed.SingleProcess": "nai_xl.distributed.none.SingleProcess",
     "nai_xl.engine.ema.NoEma": "nai_xl.optimizer.ema.NoEma",

@@ -1,25 +1,22 @@
-"""The index: which images there are, their captions, sizes and content hashes; what cannot be used, and why."""
+"""The index: which images there are, their captions, sizes and content hashes; what cannot be used, and why.
+
+A source (nai_xl.data.source) makes it.
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import struct
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nai_xl.data.scan_cache import Remembered, remembered
-from nai_xl.errors import UserError, one_line
+from nai_xl.errors import UserError
 
-SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-PART = 64  # files that a thread reads at a time
 # struct.error: Pillow, on some damaged EXIF
 UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error)
 
@@ -93,73 +90,6 @@ def open_rgb(path: Path) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _picture(file: str) -> str:
-    """Width and height after EXIF rotation, from the header alone, and the content's hash."""
-    with Image.open(file) as image:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-        size = (image.height, image.width) if turned else image.size
-    return f"{size[0]} {size[1]} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
-
-
-def _caption(file: str) -> str:
-    return Path(file).read_text(encoding="utf-8-sig").strip()  # Windows editors begin with a mark
-
-
-def _read_item(file: str, min_side: int, known: Remembered) -> Item | Skipped:
-    path, text = Path(file), file[: file.rindex(".")] + ".txt"
-    try:
-        caption = known.facts(text, _caption)
-    except FileNotFoundError:
-        return Skipped(path, f"no caption file {Path(text).name}")
-    except UnicodeDecodeError:
-        return Skipped(path, f"caption file {Path(text).name} is not UTF-8")
-    except OSError as error:
-        return Skipped(path, f"caption file {Path(text).name} cannot be read: {one_line(error)}")
-    try:
-        width, height, content = known.facts(file, _picture).split()
-    except UNREADABLE as error:
-        return Skipped(path, f"not a readable image: {one_line(error)}")
-    size = int(width), int(height)
-    if min(size) < min_side:
-        return Skipped(path, f"{width}x{height} pixels; data.min_side is {min_side}")
-    return Item(path, caption, size, content)
-
-
-def _image_files(folder: Path) -> Iterator[str]:
-    for directory, names, files in os.walk(folder):
-        names.sort()
-        for name in sorted(files):
-            stem, _, suffix = name.rpartition(".")
-            if stem and suffix.lower() in SUFFIXES:
-                yield os.path.join(directory, name)  # noqa: PTH118 - a Path each costs as much as the scan
-
-
-def scan(folder: Path, *, min_side: int) -> Index:
-    """Every image below `folder` with its caption. What an earlier scan read and is unchanged is not opened again.
-
-    Raises UserError when nothing usable is there.
-    """
-    files = list(_image_files(folder))
-    if not files:
-        raise UserError(
-            f"data.dir={folder}: no images (jpg, png, webp) in this folder. Set data.dir to a folder of images, each "
-            "with a caption in a .txt file of the same name."
-        )
-    known = remembered(folder)
-    with ThreadPoolExecutor() as pool:  # in parts: a task each would cost more than looking at an unchanged file
-        parts = pool.map(
-            lambda part: [_read_item(file, min_side, known) for file in part],
-            (files[start : start + PART] for start in range(0, len(files), PART)),
-        )
-        found = list(chain.from_iterable(parts))
-    known.keep()
-    # by content, so that a renamed file does not change which image stands where in the run
-    items = sorted((x for x in found if isinstance(x, Item)), key=lambda item: (item.content, item.caption))
-    index = Index(items, [x for x in found if isinstance(x, Skipped)])
-    refuse_empty(index, f"data.dir={folder}")
-    return index
 
 
 def refuse_empty(index: Index, where: str) -> None:

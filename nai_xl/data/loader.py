@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.epoch_plan import EpochPlan
 from nai_xl.data.index import Index, Item
 from nai_xl.data.noise import TrainingNoise
-from nai_xl.data.plan import Plan
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Cache, Placement
 from nai_xl.rng import draws
 
+T = TypeVar("T")
 RECENT = 64  # captions whose conditions a reader keeps, 20 MB for SDXL
 
 
@@ -133,7 +134,7 @@ class RankBatches:
     A chunk is cut into global micro-batches of batch_size x world; rank r takes its r-th batch_size of each.
     """
 
-    def __init__(self, plan: Plan, *, start: int, batch_size: int, rank: int, world: int):
+    def __init__(self, plan: EpochPlan, *, start: int, batch_size: int, rank: int, world: int):
         self.plan, self.start, self.batch_size, self.rank, self.world = plan, start, batch_size, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -156,9 +157,18 @@ def batches(
     strata: int | None = None,
     noise: TrainingNoise | None = None,
 ) -> DataLoader[Batch]:
-    """The loader of one rank. `workers` processes read ahead; 0 reads in the training process."""
+    """The micro-batches of encoded images and captions, of one rank; see whole_batches."""
+    dataset = PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise)
+    return whole_batches(dataset, sampler, workers=workers)
+
+
+def whole_batches(dataset: Dataset[T], sampler: RankBatches, *, workers: int) -> DataLoader[T]:
+    """The loader of one rank, for a data set that makes a whole micro-batch of each list of (position, item).
+
+    `workers` processes read ahead; 0 reads in the training process.
+    """
     return DataLoader(
-        PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise),
+        dataset,
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,

@@ -1,4 +1,4 @@
-"""What an earlier scan of a folder read, for files that have not changed since: a table in the user's cache directory.
+"""A table in the user's cache directory of what an earlier scan read, for files that have not changed since.
 
 A file counts as unchanged while its length and both its times are the same. One that changed within the coarsest
 step of a file system's clock before it was read is not remembered: it could change again and show the same times
@@ -32,13 +32,13 @@ def stamp(file: str) -> tuple[str, int]:
 
 
 @dataclass
-class Remembered:
-    """Facts by file, below the stamp that the file had: `rows` of earlier scans, `current` of this one.
+class ScanCache:
+    """File -> its stamp, followed by what was read of it: `rows` of earlier scans, `current` of this one.
 
-    Both are text: a million small lists would keep Python's garbage collection busier than the scan itself.
+    A row is one string: a million small lists would keep Python's garbage collection busier than the scan itself.
 
-    The table is a help only: a missing or damaged one is empty, and one that cannot be written is not. Processes that
-    scan at once each write the whole table with the same rows, and the last one stays.
+    Best effort: a missing or damaged table counts as empty, and errors of writing are ignored. Processes that scan at
+    once each write the whole table with the same rows; the last one stays.
     """
 
     folder: str
@@ -46,8 +46,21 @@ class Remembered:
     rows: dict[str, str] = field(default_factory=dict)
     current: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, folder: Path) -> ScanCache:
+        """What earlier scans saw of the files below `folder`."""
+        table = user_cache() / "index" / f"{content_key(VERSION, folder.resolve())}.json"
+        rows: dict[str, str] = {}
+        with suppress(OSError):
+            check, _, body = table.read_bytes().partition(b"\n")
+            if check == b"%08x" % zlib.crc32(body):
+                rows = json.loads(body)
+        return cls(str(folder), table, rows)
+
     def facts(self, file: str, read: Callable[[str], str]) -> str:
-        """What `read(file)` gave when this content was read before, or gives now; raises OSError and what it raises."""
+        """What `read(file)` returns, without calling it for a file that is unchanged. Raises OSError, and whatever
+        `read` raises.
+        """
         now = time.time()
         mark, changed = stamp(file)
         name = file[len(self.folder) :]
@@ -58,21 +71,10 @@ class Remembered:
             self.current[name] = row
         return row[len(mark) :]
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Write what this scan saw; files that are gone are forgotten."""
         if self.current == self.rows:
             return
         body = json.dumps(self.current, separators=(",", ":")).encode()
         with suppress(OSError):
             write_atomically(self.table, lambda path: path.write_bytes(b"%08x\n" % zlib.crc32(body) + body))
-
-
-def remembered(folder: Path) -> Remembered:
-    """What is known of the files below `folder`."""
-    table = user_cache() / "index" / f"{content_key(VERSION, folder.resolve())}.json"
-    rows: dict[str, str] = {}
-    with suppress(OSError):
-        check, _, body = table.read_bytes().partition(b"\n")
-        if check == b"%08x" % zlib.crc32(body):
-            rows = json.loads(body)
-    return Remembered(str(folder), table, rows)

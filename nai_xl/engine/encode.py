@@ -15,14 +15,15 @@ import torch
 from tqdm import tqdm
 
 from nai_xl.data.cache import content_key
+from nai_xl.data.images import on_canvas, to_pixels
 from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
 from nai_xl.data.loader import LatentRef, read
 from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, moments
-from nai_xl.model.sdxl import Components, fingerprint
+from nai_xl.model.sdxl.components import Components, fingerprint
 from nai_xl.model.text import TextEncoding, encode_texts
-from nai_xl.model.vae import encode_pixels, on_canvas, to_pixels
+from nai_xl.model.vae import encode_pixels
 
 PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
 VERSION = 3  # raise it whenever this code makes other latents or text conditions from the same input

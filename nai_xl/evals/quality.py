@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
@@ -29,8 +30,7 @@ from nai_xl.evals.val_loss import item_name
 from nai_xl.interfaces import Direction, Placement
 from nai_xl.record.items import mean, report
 
-# model.clip and model.vae are imported where they are used: transformers and diffusers take seconds to import, and a
-# comparison needs only `better` of this module
+# model.clip is imported where it is used: transformers takes seconds to import, and a comparison needs only `better`
 
 INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
 ENOUGH = 10_000  # images: Heusel et al.'s code advises so many at least; published figures take 50,000
@@ -67,6 +67,7 @@ class Quality:
         "quality/clip": "higher",
     }
     changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     inception: Annotated[Path, AfterValidator(_torchscript)] | None = None
@@ -163,8 +164,6 @@ class Quality:
 
 
 def _canvases(items: Sequence[Item], placements: Sequence[Placement]) -> Iterator[Image.Image]:
-    from nai_xl.model.vae import on_canvas
-
     return (on_canvas(open_rgb(item.path), placed) for item, placed in zip(items, placements, strict=True))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.errors import UserError
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
@@ -23,6 +24,7 @@ class SampleGrid:
 
     better: ClassVar[Mapping[str, Direction]] = {}
     changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: int
     count: int = 12
@@ -60,8 +62,6 @@ class SampleGrid:
         return [Prompt(text, studio.square) for text in self.prompts or ()]
 
     def _from_images(self, studio: Studio) -> list[Prompt]:
-        from nai_xl.model.vae import on_canvas  # not above: diffusers takes seconds to import, and `better` needs none
-
         placed = dict(zip(studio.encoded.index.items, studio.encoded.latents, strict=True))
         chosen = [(item, placed[item][0].placement) for item in self.picked(studio.encoded.index.items)]
         return [Prompt(item.caption, p.bucket, on_canvas(open_rgb(item.path), p)) for item, p in chosen]

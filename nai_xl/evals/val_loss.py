@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from nai_xl.data.cache import content_key
+from nai_xl.data.epoch_plan import by_bucket
 from nai_xl.data.index import Item
 from nai_xl.data.loader import Encoded, LatentRef
-from nai_xl.data.plan import by_bucket
 from nai_xl.diffusion.denoiser import predict
 from nai_xl.engine.meter import bands
 from nai_xl.errors import UserError
@@ -48,6 +48,7 @@ class ValLoss:
 
     better: ClassVar[Mapping[str, Direction]] = {"val/": "lower"}
     changes_weights: ClassVar[bool] = False
+    looks_at: ClassVar[str] = "text_to_image"
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 16

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from nai_xl.errors import UserError, one_line
-from nai_xl.model.sdxl import _quiet
+from nai_xl.model.quiet import quietly
 
 
 class Clip:
@@ -67,7 +67,7 @@ def load_clip(folder: Path) -> tuple[Clip, ClipProcessor]:
     """Float32, on the CPU, in eval mode, and never from the network. Raises UserError for an incomplete folder."""
     given: dict[str, Any] = {"local_files_only": True}
     try:
-        with _quiet():
+        with quietly():
             processor = CLIPProcessor.from_pretrained(folder, **given)
             model, found = CLIPModel.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **given

@@ -1,17 +1,26 @@
-"""The trained model as a folder that plain diffusers loads and samples from."""
+"""The trained model for other programs: a folder that plain diffusers loads and samples from, or a single file."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from nai_xl.errors import UserError
 from nai_xl.interfaces import Parameterization, Schedule
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl import load_sdxl
+from nai_xl.model.sdxl.components import Components
+from nai_xl.model.single_file import to_single_file
 from nai_xl.model.vae import folded
+from nai_xl.record.run_dir import RunDirectory
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def scheduler(schedule: Schedule, parameterization: Parameterization) -> EulerDiscreteScheduler:
@@ -35,14 +44,15 @@ def save_pipeline(
 ) -> Path:
     """Write a StableDiffusionXLPipeline with `weights` in the UNet, which was trained on (raw latent - mean) / std.
 
+    `weights` holds every parameter and every persistent buffer of the UNet, by name. Raises ValueError if it does not:
+    a UNet that is written in part trained looks like any other.
+
     Not every reader knows of a normalisation by channel, so that one is folded into the autoencoder that is written.
     mean, std [4,1,1]. `resolution` is the edge in pixels of the canvas that a reader paints when it is asked for none.
     An existing folder is replaced as a whole.
     """
+    _load_all(components.unet, weights)
     components.unet.register_to_config(sample_size=resolution // 8)
-    # a UNet that was trained in bfloat16 would round its float32 average; on the CPU, where there is room for that
-    components.unet.to("cpu", next((weight.dtype for weight in weights.values()), components.unet.dtype))
-    components.unet.load_state_dict(dict(weights), strict=False)
     pipeline = StableDiffusionXLPipeline(
         vae=folded(components.vae, mean, std),
         text_encoder=components.text_encoders[0],
@@ -60,3 +70,39 @@ def save_pipeline(
     pipeline.save_pretrained(aside, safe_serialization=True)
     shutil.rmtree(path, ignore_errors=True)
     return aside.rename(path)
+
+
+def _load_all(unet: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the UNet these weights, on the CPU and in their own precision. Raises ValueError for other names."""
+    expected = unet.state_dict().keys()
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [f"{name} is none of the UNet's" for name in weights if name not in expected]
+    if wrong:
+        raise ValueError(f"the weights are not those of the UNet ({len(wrong)} names differ; {wrong[0]})")
+    # a UNet that was trained in bfloat16 would round its float32 average; on the CPU, where there is room for that
+    unet.to("cpu", next(iter(weights.values())).dtype)
+    unet.load_state_dict(dict(weights))
+
+
+def export(run: Path, file: Path, dtype: str) -> Path:
+    """Write the pipeline of a run directory, or a diffusers folder, into the single file `file`.
+
+    dtype: one of DTYPES. Raises UserError when there is no pipeline yet, and where `file` cannot be written.
+    """
+    pipeline = RunDirectory(run).pipeline if RunDirectory(run).pipeline.is_dir() else run
+    settings = pipeline / "scheduler" / "scheduler_config.json"
+    if not settings.is_file():
+        raise UserError(f"{run} holds no pipeline; a run writes it when it is finished")
+    scheduled = json.loads(settings.read_text())
+    if scheduled["prediction_type"] not in ("v_prediction", "epsilon"):
+        raise UserError(f"a single file cannot say that its model predicts the {scheduled['prediction_type']}")
+    try:
+        return to_single_file(
+            load_sdxl(pipeline),
+            file,
+            v_prediction=scheduled["prediction_type"] == "v_prediction",
+            zero_terminal_snr=scheduled.get("rescale_betas_zero_snr", False),
+            dtype=DTYPES[dtype],
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be written ({error})") from error

@@ -9,7 +9,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from nai_xl.interfaces import declare
-from nai_xl.model.sdxl import SDXL_BASE, Components, _check_parts, _load_tokenizers, _read_json, _text_config
+from nai_xl.model.sdxl.components import Components
+from nai_xl.model.sdxl.configs import SDXL_BASE, check_parts, text_config
+from nai_xl.model.sdxl.files import read_json
+from nai_xl.model.sdxl.tokenizers import load_tokenizers
 
 OPTION = "model.config"
 
@@ -23,14 +26,14 @@ def sdxl_random(*, seed: int, config: Path | None = None) -> Components:
     UserError if the folder lacks a part.
     """
     source = SDXL_BASE if config is None else Path(config)
-    _check_parts(source, OPTION)
-    tokenizers = _load_tokenizers(source, OPTION)
+    check_parts(source, OPTION)
+    tokenizers = load_tokenizers(source, OPTION)
     unet = random_unet(seed=seed, config=source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL.from_config(_read_json(source / "vae" / "config.json", source, OPTION))
-        first = CLIPTextModel(_text_config(source, "text_encoder", OPTION))
-        second = CLIPTextModelWithProjection(_text_config(source, "text_encoder_2", OPTION))
+        vae = AutoencoderKL.from_config(read_json(source / "vae" / "config.json", source, OPTION))
+        first = CLIPTextModel(text_config(source, "text_encoder", OPTION))
+        second = CLIPTextModelWithProjection(text_config(source, "text_encoder_2", OPTION))
     for frozen in (vae, first, second):
         frozen.eval().requires_grad_(False)
     return Components(unet, vae, (first, second), tokenizers)
@@ -47,5 +50,5 @@ def random_unet(*, seed: int, config: Path | None = None, device: str | torch.de
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(_read_json(source / "unet" / "config.json", source, OPTION))
+        unet = UNet2DConditionModel.from_config(read_json(source / "unet" / "config.json", source, OPTION))
     return unet.eval()

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_xl.model.sdxl import CLIP_G, CLIP_L, UNET, VAE, Components
+from nai_xl.model.sdxl.components import Components
+from nai_xl.model.sdxl.single_file import CLIP_G, CLIP_L, UNET, VAE
 
 Model = Any
 """One of the models of Components. Any, since type checkers see placeholders where diffusers imports lazily."""

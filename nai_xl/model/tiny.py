@@ -1,6 +1,6 @@
 """model=tiny: every part of SDXL at small width, so that the whole method runs on a laptop's CPU.
 
-The autoencoder is trained (experiments/tiny_model/train_vae.py). The two text encoders are random and frozen: with well
+The autoencoder is trained (experiments/tiny_model). The two text encoders are random and frozen: with well
 separated word vectors a random causal transformer tells captions apart, which is all that the conditioning needs here.
 """
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 
 ASSETS = files("nai_xl") / "assets"
 TEXT_SEED = 1234  # the encoders are part of the model, as published weights are: not of the run's seed

@@ -30,7 +30,7 @@ from nai_xl.interfaces import Bucket
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.model.flops import FORWARDS_PER_STEP, by_area, forward_flops
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import SDXL_BASE, unet_skeleton
+from nai_xl.model.sdxl.configs import SDXL_BASE, unet_skeleton
 from nai_xl.model.tiny import tiny_unet_skeleton
 from nai_xl.optimizer.update import OptimizerInBackward
 from nai_xl.plan.estimate import ALLOWANCE, SLACK, Footprint, Micro, Rehearsal

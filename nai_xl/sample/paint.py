@@ -30,7 +30,8 @@ from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Painter
 from nai_xl.interfaces import Bucket, Denoiser
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.model.sdxl import Components, load_sdxl
+from nai_xl.model.sdxl import load_sdxl
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import encode_texts
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory

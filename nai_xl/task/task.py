@@ -19,7 +19,8 @@ from nai_xl.data.index import Index
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.loop import RunSettings
-from nai_xl.interfaces import Losses, Samples, Stateful, Tracker
+from nai_xl.errors import UserError
+from nai_xl.interfaces import Evaluator, Losses, Samples, Stateful, Tracker
 from nai_xl.record.run_dir import RunDirectory
 
 
@@ -100,6 +101,19 @@ class Task(Protocol):
         """A picture of the method, logged at the start; None for none. choices: group -> option."""
         ...
 
+    @property
+    def delivered(self) -> str:
+        """How what was delivered is loaded, in a few words."""
+        ...
+
     def deliver(self, data: TrainingData, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write the finished model into `folder`; weights are the network's whole state. First rank only."""
         ...
+
+
+def refuse_other_tasks(evaluators: Iterable[Evaluator], task: str, instead: str) -> None:
+    """Raise UserError for an evaluator that looks at another task's model. instead: the override that helps."""
+    for evaluator in evaluators:
+        if evaluator.looks_at != task:
+            name = type(evaluator).__name__
+            raise UserError(f"evals: {name} looks at task={evaluator.looks_at}, and this is task={task}; set {instead}")

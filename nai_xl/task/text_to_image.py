@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import Encoded, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
-from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -46,11 +46,12 @@ from nai_xl.interfaces import (
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import TextEncoding
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.objective import headline
+from nai_xl.task.task import refuse_other_tasks
 
 
 @dataclass(kw_only=True)
@@ -80,6 +81,7 @@ class TextToImage:
             self.objective.schedule.inference_timesteps(self.sampling.steps)
 
     def refuse(self, index: Index) -> None:
+        refuse_other_tasks(self.evals, "text_to_image", "'evals=[sample_grid]'")
         self._looked_at(index)
 
     def load(self, model: Callable[[], Components]) -> nn.Module:
@@ -183,6 +185,10 @@ class TextToImage:
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
         return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))
 
+    @property
+    def delivered(self) -> str:
+        return "diffusers: StableDiffusionXLPipeline.from_pretrained"
+
     def deliver(self, data: TextImages, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_pipeline(
             self.components,
@@ -220,7 +226,7 @@ class TextImages:
         per_step = settings.images_per_step(strategy.world)
         buckets = by_bucket([refs[0].placement.bucket for refs in self.encoded.latents])
         sampler = RankBatches(
-            Plan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
             start=start * per_step,
             batch_size=settings.batch_size,
             rank=strategy.rank,

@@ -194,6 +194,6 @@ class Session:
         self.screen.say(
             *(f"samples      {grid}" for grid in self.home.newest_samples()),
             *(f"checkpoint   {path}" for path in newest),
-            f"pipeline     {self.home.pipeline}   (diffusers: StableDiffusionXLPipeline.from_pretrained)",
+            f"pipeline     {self.home.pipeline}   ({self.spec.task.delivered})",
             *lines,
         )

@@ -12,10 +12,10 @@ from torch import Tensor
 from nai_xl.data import loader
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
-from nai_xl.data.plan import Plan, by_bucket
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Bucket, Placement
 from nai_xl.rng import draws, generator
@@ -43,8 +43,8 @@ def encoded(count: int = 10) -> Encoded:
     return Encoded(Index(items), latents, texts, cache, MEAN, STD, torch.arange(1.0, count + 1))
 
 
-def plan(data: Encoded, chunk: int, seed: int = 3) -> Plan:
-    return Plan(by_bucket([row[0].placement.bucket for row in data.latents]), seed, chunk)
+def plan(data: Encoded, chunk: int, seed: int = 3) -> EpochPlan:
+    return EpochPlan(by_bucket([row[0].placement.bucket for row in data.latents]), seed, chunk)
 
 
 def take(count: int, *, start: int = 0, batch_size: int = 2, workers: int = 0, chunk: int = 4) -> list[Batch]:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nai_xl.data import index as module
-from nai_xl.data import scan_cache as remembered
-from nai_xl.data.index import Index, scan
+from nai_xl.data import scan_cache
+from nai_xl.data.index import Index
+from nai_xl.data.scan_cache import ScanCache
+from nai_xl.data.source import folder as module
+from nai_xl.data.source.folder import scan
 from nai_xl.files import user_cache
 
 Touched = list[str]
@@ -32,8 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock stands an hour ahead, so that the files just made count as old."""
-    now = remembered.time.time() + 3600
-    monkeypatch.setattr(remembered.time, "time", lambda: now)
+    now = scan_cache.time.time() + 3600
+    monkeypatch.setattr(scan_cache.time, "time", lambda: now)
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def fresh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     """The index by a scan that remembers nothing."""
     with monkeypatch.context() as patch:
         patch.setenv("NAI_XL_CACHE", str(folder.parent / "empty"))
-        patch.setattr(remembered.Remembered, "keep", lambda _: None)
+        patch.setattr(ScanCache, "save", lambda _: None)
         return look(folder)
 
 
@@ -176,12 +178,12 @@ def test_files_that_changed_just_now_are_read_again(
 ) -> None:
     newest = max(path.stat().st_ctime for path in folder.rglob("*"))
     now = newest + 1.9 if age == "just now" else newest - 100
-    monkeypatch.setattr(remembered.time, "time", lambda: now)
+    monkeypatch.setattr(scan_cache.time, "time", lambda: now)
     first = look(folder)
     opened.clear()
     assert look(folder) == first
     assert "0.png" in opened and "0.txt" in opened
-    monkeypatch.setattr(remembered.time, "time", lambda: newest + 2.1)
+    monkeypatch.setattr(scan_cache.time, "time", lambda: newest + 2.1)
     look(folder)
     opened.clear()
     assert look(folder) == first

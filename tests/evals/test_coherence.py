@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from nai_xl.data.images import to_pixels
 from nai_xl.data.source.drawing import Picture, Scene, contrast, picture, read
 from nai_xl.evals.bodies import Bodies, find_bodies
 from nai_xl.evals.coherence import Coherence
 from nai_xl.evals.painter import Painter, Studio
 from nai_xl.model.tiny import _vae
-from nai_xl.model.vae import decode_latents, encode_pixels, to_pixels
+from nai_xl.model.vae import decode_latents, encode_pixels
 from nai_xl.record.items import read_items
 from nai_xl.rng import draws
 

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.sampling import Sampling, sample_latents
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
-from nai_xl.export import export
 from nai_xl.interfaces import Parameterization, Schedule
-from nai_xl.model.export import save_pipeline
+from nai_xl.model.export import export, save_pipeline
 from nai_xl.model.latents import ScaleLatents, Statistics, moments
-from nai_xl.model.sdxl import Components, load_sdxl
+from nai_xl.model.sdxl import load_sdxl
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.model.vae import decode_latents, encode_pixels
@@ -105,7 +105,9 @@ def test_single_file_of_a_per_channel_run_decodes_as_its_pipeline(tmp_path: Path
     parts = tiny_sdxl(seed=1)
     mean, std = (values.view(4, 1, 1) for values in PER_CHANNEL["per_channel"])
     folder = tmp_path / "run" / "pipeline"
-    save_pipeline(parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=folder)
+    save_pipeline(
+        parts, parts.unet.state_dict(), ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=folder
+    )
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     normalised = (encode_pixels(parts.vae, pixels) - mean) / std
     expected = np.asarray(decode_latents(parts.vae, normalised * std + mean)[0], dtype=int)
@@ -122,8 +124,9 @@ def test_plain_scale_exports_the_autoencoder_bit_for_bit(tmp_path: Path) -> None
     parts = tiny_sdxl(seed=1)
     mean, std = ScaleLatents().statistics(parts.vae, unmeasured)
     save_pipeline(
-        parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=tmp_path / "pipeline"
-    )
+        parts, strengthened(parts), ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128,
+        path=tmp_path / "pipeline",
+    )  # fmt: skip
     again = AutoencoderKL.from_pretrained(tmp_path / "pipeline" / "vae")
     assert again.config.scaling_factor == parts.vae.config.scaling_factor
     assert all(torch.equal(tensor, parts.vae.state_dict()[name]) for name, tensor in again.state_dict().items())
@@ -133,10 +136,32 @@ def test_a_run_becomes_a_single_file_that_says_what_it_is(tmp_path: Path) -> Non
     parts = tiny_sdxl(seed=1)
     mean, std = ScaleLatents().statistics(parts.vae, unmeasured)
     save_pipeline(
-        parts, {}, ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128, path=tmp_path / "run" / "pipeline"
-    )
+        parts, strengthened(parts), ztsnr(scaled_linear()), V(), mean=mean, std=std, resolution=128,
+        path=tmp_path / "run" / "pipeline",
+    )  # fmt: skip
     file = export(tmp_path / "run", tmp_path / "model.safetensors", "fp32")
     with safe_open(file, framework="pt") as content:
         assert {"v_pred", "ztsnr"} <= set(content.keys())
     again = load_sdxl(file, config=tmp_path / "run" / "pipeline")
     assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), parts.unet.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["missing", "renamed", "more", "none"])
+def test_weights_that_are_not_all_of_the_unet_are_refused(tmp_path: Path, wrong: str) -> None:
+    parts = tiny_sdxl(seed=1)
+    before, weights = {k: v.clone() for k, v in parts.unet.state_dict().items()}, strengthened(parts)
+    if wrong in ("missing", "renamed"):
+        taken = weights.pop("conv_out.bias")
+        weights |= {"module.conv_out.bias": taken} if wrong == "renamed" else {}
+    elif wrong == "more":
+        weights["lora.weight"] = torch.zeros(3)
+    else:
+        weights = {}
+    told = "lora.weight is none of" if wrong == "more" else "conv_(out.bias|in.weight) is missing"
+    mean, std = ScaleLatents().statistics(parts.vae, unmeasured)
+    with pytest.raises(ValueError, match=told):
+        save_pipeline(
+            parts, weights, scaled_linear(), V(), mean=mean, std=std, resolution=128, path=tmp_path / "pipeline"
+        )
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.unet.state_dict().items())

@@ -4,7 +4,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from nai_xl.model.flops import forward_flops, inputs, training_flops
-from nai_xl.model.sdxl import unet_skeleton
+from nai_xl.model.sdxl.configs import unet_skeleton
 from nai_xl.model.tiny import tiny_sdxl, tiny_unet_skeleton
 
 

@@ -15,7 +15,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from nai_xl.errors import UserError
-from nai_xl.model.sdxl import SDXL_BASE, Components, _load_tokenizers, check_sdxl, fingerprint, load_sdxl
+from nai_xl.model.sdxl import check_sdxl, load_sdxl
+from nai_xl.model.sdxl.components import Components, fingerprint
+from nai_xl.model.sdxl.configs import SDXL_BASE
+from nai_xl.model.sdxl.tokenizers import load_tokenizers
 from nai_xl.model.single_file import to_single_file
 
 UNET = {
@@ -438,7 +441,7 @@ def test_shipped_assets_are_small() -> None:
 
 
 def test_shipped_vocabulary() -> None:
-    first, second = _load_tokenizers(SDXL_BASE, "model.config")
+    first, second = load_tokenizers(SDXL_BASE, "model.config")
     cat = [49406, 320, 1125, 539, 320, 2368, 49407]
     assert len(first) == len(second) == 49_408
     assert first("a photo of a cat").input_ids == second("a photo of a cat").input_ids == cat

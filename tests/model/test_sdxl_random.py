@@ -9,7 +9,8 @@ import torch
 
 from nai_xl import config
 from nai_xl.errors import UserError
-from nai_xl.model.sdxl import SDXL_BASE, fingerprint
+from nai_xl.model.sdxl.components import fingerprint
+from nai_xl.model.sdxl.configs import SDXL_BASE
 from nai_xl.model.sdxl_random import random_unet, sdxl_random
 from nai_xl.model.text import encode_texts
 from nai_xl.model.vae import encode_pixels

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from nai_xl.model.sdxl import SDXL_BASE, Components, load_sdxl
+from nai_xl.model.sdxl import load_sdxl
+from nai_xl.model.sdxl.components import Components
+from nai_xl.model.sdxl.configs import SDXL_BASE
 from nai_xl.model.single_file import original_layout, to_single_file, unet_layout, vae_layout
 from tests.model.test_sdxl import UNET, VAE, assert_same, modules, save_folder, small_sdxl
 

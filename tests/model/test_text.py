@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from nai_xl.errors import UserError
-from nai_xl.model.sdxl import Components
+from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import TextEncoding, encode_texts, tokenize
 from nai_xl.model.tiny import WIDTHS, tiny_sdxl
 

@@ -8,7 +8,8 @@ import torch
 
 import nai_xl
 from nai_xl.data.source.photographs import RECIPE
-from nai_xl.model.sdxl import SDXL_BASE, Components, fingerprint
+from nai_xl.model.sdxl.components import Components, fingerprint
+from nai_xl.model.sdxl.configs import SDXL_BASE
 from nai_xl.model.text import encode_texts
 from nai_xl.model.tiny import byte_symbols, tiny_sdxl
 

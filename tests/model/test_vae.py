@@ -11,10 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from nai_xl.data.images import on_canvas, to_pixels
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Bucket, Placement
 from nai_xl.model.tiny import tiny_sdxl
-from nai_xl.model.vae import decode_latents, encode_pixels, folded, on_canvas, to_pixels
+from nai_xl.model.vae import decode_latents, encode_pixels, folded
 
 AREA = 128 * 128
 

@@ -15,7 +15,7 @@ from nai_xl.memory.checkpointing import GradientCheckpointing
 from nai_xl.memory.compiled import ActivationBudget
 from nai_xl.memory.fewer_bits import Bf16Weights
 from nai_xl.model.flops import forward_flops
-from nai_xl.model.sdxl import unet_skeleton
+from nai_xl.model.sdxl.configs import unet_skeleton
 from nai_xl.model.tiny import tiny_unet_skeleton
 from nai_xl.plan.estimate import ALLOWANCE, Footprint, LiveBytes, Micro, Rehearsal, kept_share
 from nai_xl.train import train as train_run

@@ -1,4 +1,4 @@
-"""The data set `data=shapes`: drawn pictures whose captions tell everything that is in them.
+"""The pictures of data=shapes, whose captions tell everything that is in them.
 
 "two red circles on a white background", "one blue square on the left of a grey background", "a completely black
 image". A caption is read back by `read`, so whatever a model paints for it can be measured against the truth. Pictures
@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice, product
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from nai_xl.data.cache import content_key
-from nai_xl.data.source.stored_png import COLOURS, stored_png
+from nai_xl.data.source.stored_png import COLOURS
 from nai_xl.errors import UserError
-from nai_xl.files import write_atomically
 from nai_xl.rng import Draws, draws
 
 VERSION = 1  # raise it whenever other pictures come out of the same settings
@@ -230,9 +227,6 @@ def _within(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: int) -
     return (2 * abs(x) <= y + half) & (y <= half)  # a triangle that stands on its side
 
 
-# --- the data set -----------------------------------------------------------------------------------------------------
-
-
 def picture(
     seed: int, number: int, *, include: Sequence[Kind], resolution: int, words: Vocabulary = EVERYTHING
 ) -> Picture:
@@ -240,30 +234,3 @@ def picture(
     draw = draws(seed, number)
     width, height = (resolution * eighths // 8 for eighths in _pick(draw, "canvas", CANVASES))
     return Picture(draw_scene(draw, include, words), width, height, draw)
-
-
-def write_shapes(
-    cache: Path, number: int, seed: int, include: Sequence[Kind], resolution: int, words: Vocabulary = EVERYTHING
-) -> Path:
-    """The folder in `cache` of these pictures as .png with .txt captions; files that are missing are written.
-
-    Raises UserError when it cannot be written.
-    """
-    folder = cache / f"shapes-{content_key(VERSION, number, seed, sorted(include), resolution, *map(list, words))[:12]}"
-    try:
-        for place in range(number):
-            image = folder / f"{place:06d}.png"
-            if not (image.exists() and image.with_suffix(".txt").exists()):
-                _write(picture(seed, place, include=include, resolution=resolution, words=words), image)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write data=shapes into {folder} ({error.strerror or error}). Choose another place with "
-            "data.cache=DIR or the environment variable NAI_XL_CACHE."
-        ) from error
-    return folder
-
-
-def _write(drawn: Picture, image: Path) -> None:
-    content, caption = stored_png(drawn.places(), drawn.palette()), drawn.scene.caption + "\n"
-    write_atomically(image.with_suffix(".txt"), lambda path: path.write_text(caption, encoding="utf-8"))
-    write_atomically(image, lambda path: path.write_bytes(content))

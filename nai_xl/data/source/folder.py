@@ -1,19 +1,26 @@
-"""Where images come from. A source is anything with `scan() -> Index`."""
+"""data=folder: a folder of images, each with its caption in a .txt file of the same name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from PIL import Image
+from pydantic import AfterValidator
 
-from nai_xl.data.index import Index, scan
-from nai_xl.data.source.drawing import EVERYTHING, Colors, Kind, Numbers, Shapes, Vocabulary, write_shapes
-from nai_xl.files import user_cache
+from nai_xl.data.index import UNREADABLE, Index, Item, Skipped, refuse_empty
+from nai_xl.data.scan_cache import ScanCache
+from nai_xl.data.source import Share
+from nai_xl.errors import UserError, one_line
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+PART = 64  # files that a thread reads at a time
 
 
 def _existing(path: Path) -> Path:
@@ -37,43 +44,68 @@ class FolderSource:
         return scan(self.dir, min_side=self.min_side).hold_out(self.held_out)
 
 
-@dataclass(frozen=True)
-class SampleSource:
-    """Photographs and colour cards with captions, written once into `cache` (default: the user's cache directory)."""
+def scan(folder: Path, *, min_side: int) -> Index:
+    """Every image below `folder` with its caption. What an earlier scan read and is unchanged is not opened again.
 
-    without_effect: ClassVar[tuple[str, ...]] = ("cache",)
-
-    cache: Path | None = None
-    held_out: Share = 0.0
-
-    def scan(self) -> Index:
-        from nai_xl.data.source.photographs import write_sample  # needs the extra "demo", which data=folder does not
-
-        return FolderSource(write_sample((self.cache or user_cache()) / "sample"), held_out=self.held_out).scan()
-
-
-@dataclass(frozen=True)
-class ShapesSource:
-    """`count` drawn pictures for a model of native edge `resolution`: bodies to be counted, and single colours.
-
-    `bodies`, `colors`, `shapes` and `backgrounds` are what they show: fewer of them are learned sooner.
+    Raises UserError when nothing usable is there.
     """
+    files = list(_image_files(folder))
+    if not files:
+        raise UserError(
+            f"data.dir={folder}: no images (jpg, png, webp) in this folder. Set data.dir to a folder of images, each "
+            "with a caption in a .txt file of the same name."
+        )
+    known = ScanCache.of(folder)
+    with ThreadPoolExecutor() as pool:  # in parts: a task each would cost more than looking at an unchanged file
+        parts = pool.map(
+            lambda part: [_read_item(file, min_side, known) for file in part],
+            (files[start : start + PART] for start in range(0, len(files), PART)),
+        )
+        found = list(chain.from_iterable(parts))
+    known.save()
+    # by content, so that a renamed file does not change which image stands where in the run
+    items = sorted((x for x in found if isinstance(x, Item)), key=lambda item: (item.content, item.caption))
+    index = Index(items, [x for x in found if isinstance(x, Skipped)])
+    refuse_empty(index, f"data.dir={folder}")
+    return index
 
-    without_effect: ClassVar[tuple[str, ...]] = ("cache",)
 
-    resolution: Annotated[int, Field(ge=64, multiple_of=16)]
-    count: Annotated[int, Field(ge=1)] = 1000
-    seed: int = 0
-    include: Annotated[Sequence[Kind], Field(min_length=1)] = ("shapes", "colors")
-    bodies: Numbers = EVERYTHING.bodies
-    colors: Colors = EVERYTHING.colors
-    shapes: Shapes = EVERYTHING.shapes
-    backgrounds: Colors = EVERYTHING.backgrounds
-    held_out: Share = 0.1
-    cache: Path | None = None
+def _image_files(folder: Path) -> Iterator[str]:
+    for directory, names, files in os.walk(folder):
+        names.sort()
+        for name in sorted(files):
+            stem, _, suffix = name.rpartition(".")
+            if stem and suffix.lower() in SUFFIXES:
+                yield os.path.join(directory, name)  # noqa: PTH118 - a Path each costs as much as the scan
 
-    def scan(self) -> Index:
-        words = Vocabulary(self.bodies, self.colors, self.shapes, self.backgrounds)
-        cache = self.cache or user_cache()
-        folder = write_shapes(cache, self.count, self.seed, self.include, self.resolution, words)
-        return FolderSource(folder, held_out=self.held_out).scan()
+
+def _read_item(file: str, min_side: int, known: ScanCache) -> Item | Skipped:
+    path, text = Path(file), file[: file.rindex(".")] + ".txt"
+    try:
+        caption = known.facts(text, _caption)
+    except FileNotFoundError:
+        return Skipped(path, f"no caption file {Path(text).name}")
+    except UnicodeDecodeError:
+        return Skipped(path, f"caption file {Path(text).name} is not UTF-8")
+    except OSError as error:
+        return Skipped(path, f"caption file {Path(text).name} cannot be read: {one_line(error)}")
+    try:
+        width, height, content = known.facts(file, _picture).split()
+    except UNREADABLE as error:
+        return Skipped(path, f"not a readable image: {one_line(error)}")
+    size = int(width), int(height)
+    if min(size) < min_side:
+        return Skipped(path, f"{width}x{height} pixels; data.min_side is {min_side}")
+    return Item(path, caption, size, content)
+
+
+def _picture(file: str) -> str:
+    """Width and height after EXIF rotation, from the header alone, and the content's hash."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        size = (image.height, image.width) if turned else image.size
+    return f"{size[0]} {size[1]} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
+
+
+def _caption(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8-sig").strip()  # Windows editors begin with a mark

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nai_xl.data.bucketing import AspectBuckets, SquareBucket
+from nai_xl.data.images import on_canvas
 from nai_xl.data.index import open_rgb
 from nai_xl.data.source import drawing as shapes
 from nai_xl.data.source.drawing import EVERYTHING, PALETTE, Picture, Scene, picture, read
-from nai_xl.data.source.folder import ShapesSource
+from nai_xl.data.source.shapes import ShapesSource
+from nai_xl.data.source.stored_png import stored_png
 from nai_xl.errors import UserError
-from nai_xl.model.vae import on_canvas
 from nai_xl.rng import draws
 
 measure = pytest.importorskip("skimage.measure", reason="the independent count of bodies")
@@ -94,7 +95,7 @@ def test_everything_occurs_about_as_often_as_it_should() -> None:
 def test_the_pictures_are_the_same_on_every_machine() -> None:
     """The bytes of three files, pinned: raise shapes.VERSION when they change on purpose."""
     shown = [drawn(number) for number in (0, 3, 5)]
-    content = [shapes.stored_png(p.places(), p.palette()) for p in shown]
+    content = [stored_png(p.places(), p.palette()) for p in shown]
     assert [hashlib.sha256(c).hexdigest()[:12] for c in content] == PINNED
 
 

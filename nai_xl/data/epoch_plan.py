@@ -31,7 +31,7 @@ def by_bucket(buckets: Sequence[Hashable]) -> list[Items]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """`buckets[b]` lists the items of bucket b. Positions run on over epochs; `chunk` of them share a bucket."""
 
     buckets: Sequence[Items]

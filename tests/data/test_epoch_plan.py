@@ -9,19 +9,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nai_xl.data.plan import Plan, by_bucket
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 
 SIZES = st.lists(st.integers(1, 13), min_size=1, max_size=4)
 few = settings(deadline=None, max_examples=60)
 
 
-def plan(sizes: list[int], seed: int = 0, chunk: int = 4) -> Plan:
+def plan(sizes: list[int], seed: int = 0, chunk: int = 4) -> EpochPlan:
     """Buckets of these sizes, their items interleaved as in a real index."""
     names = sorted((i % size, b) for b, size in enumerate(sizes) for i in range(size))
-    return Plan(by_bucket([b for _, b in names]), seed, chunk)
+    return EpochPlan(by_bucket([b for _, b in names]), seed, chunk)
 
 
-def head(p: Plan, chunks: int, position: int = 0) -> list[tuple[int, list[int]]]:
+def head(p: EpochPlan, chunks: int, position: int = 0) -> list[tuple[int, list[int]]]:
     return [(first, items.tolist()) for first, items in islice(p.from_position(position), chunks)]
 
 
@@ -103,7 +103,7 @@ def test_chunks_of_different_buckets_are_mixed() -> None:
 
 
 def test_buckets_of_equal_size_are_shuffled_differently() -> None:
-    p = Plan([np.arange(20), np.arange(20, 40)], seed=0, chunk=20)
+    p = EpochPlan([np.arange(20), np.arange(20, 40)], seed=0, chunk=20)
     first, second = sorted(p.epoch(0).tolist(), key=min)
     assert first != [item - 20 for item in second]
 
@@ -128,7 +128,7 @@ def test_position_inside_a_chunk_is_refused() -> None:
 
 
 def test_far_positions_are_found_without_walking_there() -> None:
-    p = Plan([np.arange(1000), np.arange(1000, 1007)], seed=0, chunk=10)
+    p = EpochPlan([np.arange(1000), np.arange(1000, 1007)], seed=0, chunk=10)
     (first, items), (second, _) = islice(p.from_position(10**9), 2)
     assert (first, second) == (10**9, 10**9 + 10)
     assert len(items) == 10

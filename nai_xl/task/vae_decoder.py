@@ -1,0 +1,166 @@
+"""task=vae_decoder: an autoencoder learns to paint what its encoder has seen of the user's own images.
+
+A decoder that was trained on other images paints theirs: NovelAI V3, 2409.15997, section 5, has its decoder fine-tuned
+on its own domain. With `trained=all` the whole autoencoder is trained, which is how model=tiny got its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.index import Index, Item
+from nai_xl.data.loader import RankBatches, whole_batches
+from nai_xl.data.pixels import PixelBatch, PixelDataset
+from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.assemble import State
+from nai_xl.engine.console import counted
+from nai_xl.engine.loop import RunSettings
+from nai_xl.evals.reconstruction import AutoencoderStudio
+from nai_xl.interfaces import Bucketing, Evaluator, Losses, Native, Stateful, Tracker
+from nai_xl.model.autoencoder import save_autoencoder, trainable_autoencoder
+from nai_xl.record.run_dir import RunDirectory
+from nai_xl.task.task import refuse_other_tasks
+
+Share = Annotated[float, Field(ge=0)]
+
+
+@dataclass(kw_only=True)
+class VaeDecoder:
+    """The mean squared error of each pixel. Every field without a default is the config's group of the same name.
+
+    trained: `decoder` freezes the encoder, so that latents keep their meaning and any network trained on them its use;
+    `all` trains both. latent_noise: share of a latent channel's deviation that is added before decoding, for a decoder
+    that forgives a sampler's small errors. channel_pull: weight of each latent channel's squared distance from mean 0
+    and deviation 1, with trained=all. zoom and recolour: see data/pixels.py.
+
+    Delivered is the autoencoder as a diffusers folder, pipeline/vae.
+    """
+
+    bucketing: Bucketing
+    evals: Sequence[Evaluator]
+    native: Native
+    trained: Literal["decoder", "all"] = "decoder"
+    latent_noise: Share = 0.0
+    channel_pull: Share = 0.0
+    zoom: Annotated[float, Field(ge=1)] = 1.0
+    recolour: bool = False
+    timesteps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.channel_pull and self.trained == "decoder":
+            raise ValueError("channel_pull moves the encoder, which trained=decoder freezes; set trained=all")
+
+    def refuse(self, index: Index) -> None:
+        refuse_other_tasks(self.evals, "vae_decoder", "'evals=[reconstruction]'")
+
+    def load(self, model: Callable[[], Any]) -> nn.Module:
+        self.vae: Any = trainable_autoencoder(model().vae, latent_noise=self.latent_noise)
+        for name, parameter in self.vae.named_parameters():
+            decodes = name.startswith(("decoder.", "post_quant_conv."))
+            parameter.requires_grad_(decodes or self.trained == "all")
+        network: nn.Module = self.vae
+        return network
+
+    def prepare(self, index: Index, cache: Any, strategy: Strategy, run: RunDirectory) -> Pictures:
+        """Nothing is encoded beforehand: the pictures themselves are read."""
+        held = list(dict.fromkeys(item for e in self.evals for item in e.held_out(index.held_out)))
+        return Pictures(index, self.bucketing, self.zoom, self.recolour, held)
+
+    def loss(self, module: nn.Module, batch: PixelBatch) -> Losses:
+        painted, latents = module(batch.pixels, batch.noise)
+        values = (painted - batch.pixels).square().mean((1, 2, 3))
+        if self.channel_pull:
+            centre, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+            values = values + self.channel_pull * (centre.square() + (deviation - 1).square()).mean()
+        return Losses(values, torch.zeros_like(values))
+
+    def free_groups(self, device: torch.device) -> list[dict[str, Any]]:
+        return []
+
+    def stateful(self) -> Mapping[str, Stateful]:
+        return {}
+
+    def flops(self, data: Pictures) -> None:
+        """Not counted."""
+
+    def studio(self, data: Pictures, state: State, tracker: Tracker, run: RunDirectory) -> AutoencoderStudio:
+        return AutoencoderStudio(
+            vae=self.vae,
+            ema=state.ema,
+            tracker=tracker,
+            items=data.held_out or data.index.items,
+            bucketing=self.bucketing,
+            run_dir=run.path,
+            device=state.strategy.device,
+        )
+
+    def described(self) -> Mapping[str, str]:
+        moving = sum(p.numel() for p in self.vae.parameters() if p.requires_grad)
+        device = next(self.vae.parameters()).device
+        every = sum(p.numel() for p in self.vae.parameters())
+        return {"autoencoder": f"{moving:,} of {every:,} parameters on {device}"}
+
+    def remarks(self) -> Iterable[str]:
+        return ()
+
+    def figure(self, choices: Mapping[str, str]) -> Image.Image | None:
+        return None
+
+    def deliver(self, data: Pictures, weights: Mapping[str, Tensor], folder: Path) -> None:
+        save_autoencoder(self.vae, weights, folder / "vae")
+
+    @property
+    def delivered(self) -> str:
+        return "diffusers: AutoencoderKL.from_pretrained(..., subfolder='vae')"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures and how a sample is drawn from them."""
+
+    index: Index
+    bucketing: Bucketing
+    zoom: float
+    recolour: bool
+    held_out: Sequence[Item]
+
+    def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[PixelBatch]:
+        buckets = by_bucket([self.bucketing.assign(*item.size) for item in self.index.items])
+        sampler = RankBatches(
+            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            start=start * settings.images_per_step(strategy.world),
+            batch_size=settings.batch_size,
+            rank=strategy.rank,
+            world=strategy.world,
+        )
+        dataset = PixelDataset(self.index, self.bucketing, settings.seed, zoom=self.zoom, recolour=self.recolour)
+        return whole_batches(dataset, sampler, workers=settings.workers)
+
+    def one_of_each_shape(self, size: int) -> Iterator[PixelBatch]:
+        generator = torch.Generator().manual_seed(0)
+        for width, height in sorted({self.bucketing.assign(*item.size) for item in self.index.items}):
+            pixels = torch.randn(size, 3, height, width, generator=generator).clamp(-1, 1)
+            noise = torch.randn(size, 4, height // 8, width // 8, generator=generator)
+            yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
+
+    def described(self) -> Mapping[str, str]:
+        names = sorted(self.bucketing.assign(*item.size).name for item in self.index.items)
+        skipped = f" ({len(self.index.skipped)} skipped, listed in skipped.csv)" if self.index.skipped else ""
+        return {"images": f"{len(names)}{skipped}", "buckets": counted(names)}
+
+    def counted(self) -> str:
+        return "nothing, this task reads the pictures themselves"
+
+    def write(self, run: RunDirectory) -> None:
+        self.index.write_skipped(run.path / "skipped.csv")
+        run.claim_data(self.index.fingerprint(), len(self.index.items))
