@@ -51,11 +51,18 @@ FLOORS: list[tuple[str, dict[str, str]]] = [
             "evals": "what is measured",
         },
     ),
-    ("tasks and choices", {"task": "data, loss and delivery", "config": "yaml to checked objects"}),
+    (
+        "one run",
+        {
+            "task": "data, loss and delivery",
+            "config": "yaml to checked objects",
+            "profiler": "where time goes",
+            "training": "from start to delivery",
+        },
+    ),
     (
         "tools",
         {
-            "profiler": "where time goes",
             "inspect": "before training",
             "plan": "memory and cost",
             "sample": "a finished run",

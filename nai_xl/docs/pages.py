@@ -10,6 +10,15 @@ from nai_xl.docs.catalogue import Call, Group, Option, Parameter
 MARKUP = re.compile(r"[*~]|\b_|_\b|(?<!\w)_")  # an underscore within a word is none
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
 
+MEMBERS = {  # of the classes, by which options say how they behave: those that a user chooses by
+    "tolerance": "the largest relative change of a step's loss, in float32, that it may cause",
+    "stochastic_rounding": "whether bfloat16 weights are rounded so that they learn",
+    "open_ended": "whether a longer run continues a shorter one",
+    "defined_at_zero_snr": "whether it has a meaning on a schedule that ends at zero SNR",
+    "several": "whether it can use more than one process",
+    "looks_at": "the task whose model it looks at",
+}
+
 
 def summary(groups: Sequence[Group], folder: str) -> str:
     """A row for each group: its sentence and its options, the default first. `folder` is the way to docs/groups."""
@@ -46,18 +55,23 @@ def _how_to_choose(group: Group) -> str:
 
 
 def _overview(group: Group) -> str:
-    """The options, with a column for each number or switch by which they tell how they behave."""
-    members = [{n: v for call in o.calls for n, v in call.members.items() if v is not str(v)} for o in group.options]
-    names = list(dict.fromkeys(name for found in members for name in found))
+    """The options, with a column for each of MEMBERS that one of them has."""
+    members = [{name: value for call in o.calls for name, value in call.members.items()} for o in group.options]
+    names = [name for name in MEMBERS if any(name in found for found in members)]
     rows = (
         [f"[{option.name}](#{option.name})", prose(option.description), *(_shown(found.get(name)) for name in names)]
         for option, found in zip(group.options, members, strict=True)
     )
-    return _table(["option", "", *(f"`{name}`" for name in names)], rows)
+    parts = [_table(["option", "", *(f"`{name}`" for name in names)], rows)]
+    parts += [f"`{name}`: {MEMBERS[name]}." for name in names]
+    if all(found.get("changes_weights") is False for found in members):
+        parts.append("The choice does not change the trained weights, and is no part of what a run is.")
+    return "\n\n".join(parts)
 
 
 def _section(group: str, option: Option) -> str:
-    parts = [f"## {option.name}", f"{prose(option.description)}.".replace("?.", "?"), prose(option.remarks)]
+    says = f"{option.description}." if option.description[-1].isalnum() else option.description
+    parts = [f"## {option.name}", prose(says), prose(option.remarks)]
     if not option.calls:
         parts.append(f"```yaml\n# conf/{group}/{option.name}.yaml\n{option.text.strip()}\n```")
     parts += [_call(call) for call in option.calls]
@@ -81,7 +95,7 @@ def _defaults(parameter: Parameter) -> str:
 def _shown(value: bool | float | str | None) -> str:
     if value is None or isinstance(value, bool):
         return {None: "", True: "yes", False: "no"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.0e}".replace("e-0", "e-") if isinstance(value, float) and value else str(value).removesuffix(".0")
 
 
 def prose(text: str) -> str:
