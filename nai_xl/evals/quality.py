@@ -28,11 +28,9 @@ from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Studio
 from nai_xl.evals.val_loss import item_name
 from nai_xl.interfaces import Direction, Placement
-from nai_xl.model.clip import check_clip, load_clip
 from nai_xl.record.items import mean, report
 
-# model.clip and model.vae are imported where they are used: transformers and diffusers take seconds to import, and a
-# comparison needs only `better` of this module
+# model.clip is imported where it is used: transformers takes seconds to import, and a comparison needs only `better`
 
 INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
 ENOUGH = 10_000  # images: Heusel et al.'s code advises so many at least; published figures take 50,000
@@ -47,6 +45,7 @@ def _torchscript(path: Path) -> Path:
 
 
 def _clip_folder(path: Path) -> Path:
+    from nai_xl.model.clip import check_clip
 
     check_clip(path)
     return path
@@ -101,6 +100,7 @@ class Quality:
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
         """Paint, measure, write the CLIP score of each sample, and return the means and distances."""
+        from nai_xl.model.clip import load_clip
 
         items, placements, what = self._references(studio.encoded)
         prompts = [Prompt(item.caption, placed.bucket) for item, placed in zip(items, placements, strict=True)]

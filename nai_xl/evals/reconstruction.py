@@ -1,4 +1,4 @@
-"""evals=reconstruction: how well an autoencoder paints pictures again that it was not trained on."""
+"""evals=reconstruction: how well an autoencoder reconstructs pictures that it was not trained on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,8 +15,7 @@ from nai_xl.data.images import on_canvas, to_pixels
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
 from nai_xl.evals.val_loss import item_name
-from nai_xl.interfaces import Bucketing, Ema, Tracker
-from nai_xl.model.vae import decode_latents, encode_pixels
+from nai_xl.interfaces import Bucketing, Direction, Ema, Tracker
 from nai_xl.record.items import report
 
 
@@ -38,14 +37,14 @@ class Reconstruction:
     """Every `every` steps `count` pictures go through the averaged autoencoder.
 
     reconstruction/psnr is the mean of 10 log10(255^2 / mean squared difference of the 8-bit pictures) in dB. Each
-    picture is laid beside what was painted, as the figure "reconstructions". Held-out images are taken where there are
+    picture is shown beside its reconstruction in the figure "reconstructions". Held-out images are taken if there are
     any (data.held_out), and otherwise training images.
     """
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 8
     looks_at: ClassVar[str] = "vae_decoder"
-    better: ClassVar[Mapping[str, Literal["lower", "higher"]]] = {"reconstruction/psnr": "higher"}
+    better: ClassVar[Mapping[str, Direction]] = {"reconstruction/psnr": "higher"}
     changes_weights: ClassVar[bool] = False
 
     def texts(self, items: Sequence[Item]) -> list[str]:
@@ -55,7 +54,9 @@ class Reconstruction:
         return list({item_name(item): item for item in items}.values())[: self.count]
 
     def run(self, step: int, studio: AutoencoderStudio) -> dict[str, float]:
-        """Paint, measure, write each picture's value, and give the mean."""
+        """Paint, measure, write each picture's value, and return the mean."""
+        from nai_xl.model.vae import decode_latents, encode_pixels  # diffusers takes seconds to import; see quality.py
+
         values: dict[str, float] = {}
         shown, painted = [], []
         with studio.ema.swapped_in():

@@ -1,5 +1,7 @@
 """Which direction is better, as the evaluators declare it."""
 
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -38,8 +40,8 @@ def test_the_projects_own_metrics_have_these_directions() -> None:
         "perf/data_wait perf/peak_memory_gib"
     ).split()
     higher = (
-        "color/luminance_max color/luminance_range_2x coherence/right quality/clip perf/images_per_second perf/tflops "
-        "perf/mfu"
+        "color/luminance_max color/luminance_range_2x coherence/right quality/clip reconstruction/psnr "
+        "perf/images_per_second perf/tflops perf/mfu"
     ).split()
     neither = ["color/luminance", "train/lr", "train/grad_norm", "mine/thing", "valid"]
     assert {better_direction(metric) for metric in lower} == {"lower"}
@@ -52,6 +54,7 @@ def test_every_evaluator_keeps_the_whole_contract(option: str) -> None:
     """So that verdicts know it, and a run is not another one for being looked at."""
     node = OmegaConf.load(config.conf_dir() / "evals" / f"{option}.yaml")
     kind: type[Evaluator] = config.locate(node[option]["_target_"])  # type: ignore[assignment, index]
+    assert kind.looks_at in {path.stem for path in (config.conf_dir() / "task").glob("*.yaml")}
     assert set(kind.better.values()) <= {"lower", "higher"} and kind.changes_weights is False
     assert all(callable(member) for member in (kind.texts, kind.held_out, kind.run))
 
@@ -123,3 +126,13 @@ def test_the_command_asks_the_plug_ins_of_the_runs(told: Command, tmp_path: Path
             OmegaConf.save(cfg, path / "config.yaml")
     out = told("sweep=sharp", f"output_dir={tmp_path}", "baseline=loss=uniform")
     assert "better" in next(line for line in out.splitlines() if line.strip().startswith("minsnr"))
+
+
+def test_directions_are_read_without_the_model_libraries() -> None:
+    """They take seconds to import, and a comparison needs no model."""
+    code = (
+        "import sys; from nai_xl.compare.verdicts import declared; assert 'val/' in declared(());"
+        "print([name for name in ('diffusers', 'transformers', 'torchmetrics') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
