@@ -16,11 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_xl.interfaces import MemoryAction
-from nai_xl.memory import layout
+from nai_xl.memory import channels_last
+from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.attention import Sdpa
-from nai_xl.memory.checkpointing import GradientCheckpointing
-from nai_xl.memory.layout import ChannelsLast
+from nai_xl.memory.channels_last import ChannelsLast
+from nai_xl.memory.gradient_checkpointing import GradientCheckpointing
 from nai_xl.model.sdxl.configs import SDXL_BASE
 
 ROWS: dict[str, list[MemoryAction]] = {
@@ -93,7 +93,7 @@ def main(pixels: int) -> None:
     print("| options | saved, GiB | one copy for each layer, GiB | forward and backward, TFLOP |\n|---|---|---|---|")
     for name, actions in ROWS.items():
         with (
-            mock.patch.object(layout, "group_norm", fused_group_norm),
+            mock.patch.object(channels_last, "group_norm", fused_group_norm),
             mock.patch.object(F, "scaled_dot_product_attention", MATH if name == "math" else flash),
         ):
             saved, each, flops = count(actions, pixels // 8)

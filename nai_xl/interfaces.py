@@ -208,21 +208,13 @@ class Stateful(Protocol):
 
 
 class Ema(Stateful, Protocol):
+    """`on_host`: the average lies in main memory, and takes none of the device's."""
+
+    @property
+    def on_host(self) -> bool: ...
     def update(self, step: int) -> None: ...
     def averages(self) -> dict[str, Tensor]: ...
     def swapped_in(self) -> AbstractContextManager[None]: ...
-
-
-class MemoryAction(Protocol):
-    """Changes how much memory or time the model takes, not what it learns; applied before accelerate prepares it.
-
-    tolerance: the largest relative change of a step's loss that it may cause. 0 for what computes the same numbers in
-    the same order, about 1e-5 for other sums in float32, 1e-2 for arithmetic in half precision.
-    """
-
-    @property
-    def tolerance(self) -> float: ...
-    def apply(self, model: Any) -> None: ...
 
 
 class Tracker(Protocol):

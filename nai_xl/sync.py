@@ -7,25 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nai_xl.errors import one_line
-from nai_xl.record.journal import metrics_of
-from nai_xl.tracker.mlflow.delivery import Delivery, Progress
-
-
-def sync(run_dir: Path, uri: str | None = None, experiment: str | None = None) -> int:
-    """Rows sent of this run, to the store it was meant for or to `uri`. Raises MlflowException or OSError."""
-    meant = Progress.read(run_dir)
-    uri, experiment = uri or (meant.uri if meant else None), experiment or (meant.experiment if meant else "nai_xl")
-    if uri is None:
-        raise FileNotFoundError("it was not meant for MLflow; --uri says where to send it")
-    delivery = Delivery(run_dir, uri, experiment)
-    delivery.open()  # name and tags may have changed even if no row waits
-    return delivery.deliver()
-
-
-def runs_in(outputs: Path, *, tracked: bool) -> list[Path]:
-    """Run directories in `outputs`, or those of them that were meant for MLflow."""
-    return sorted(path.parent for path in outputs.glob("*/metrics.jsonl") if not tracked or Progress.read(path.parent))
+from nai_xl.errors import UserError, one_line
+from nai_xl.tracker.mlflow.delivery import runs_in, send
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,13 +27,12 @@ def main() -> None:
     from mlflow.exceptions import MlflowException
 
     given = arguments(sys.argv[1:])
+    found = runs_in(given.all, meant_for_mlflow=not given.uri) if given.all else []
     failed = False
-    for run_dir in [*given.run_dirs, *(runs_in(given.all, tracked=not given.uri) if given.all else ())]:
+    for run_dir in [*given.run_dirs, *found]:
         try:
-            if not metrics_of(run_dir).path.parent.is_dir():
-                raise FileNotFoundError("no such directory")
-            print(f"{run_dir}: {sync(run_dir, given.uri, given.experiment) or 'no'} rows sent")
-        except (MlflowException, OSError) as error:
+            print(f"{run_dir}: {send(run_dir, given.uri, given.experiment) or 'no'} rows sent")
+        except (MlflowException, OSError, UserError) as error:
             failed = True
             print(f"error: {run_dir}: {one_line(error)[:300]}", file=sys.stderr)
     if failed:

@@ -17,7 +17,8 @@ from nai_xl.model.quiet import quiet_libraries
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.metrics import objective
 from nai_xl.record.run_dir import RunDirectory
-from nai_xl.sweep.launch import Sweep, arm_of
+from nai_xl.sweep.launch import Sweep
+from nai_xl.sweep.member import arm_of
 from nai_xl.training.session import Session
 
 

@@ -27,7 +27,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled blocks run torch's traced graphs as they are: making kernels of them takes a minute and a compiler."""
-    monkeypatch.setattr("nai_xl.memory.compiled.BACKEND", "aot_eager")
+    monkeypatch.setattr("nai_xl.memory.compile.BACKEND", "aot_eager")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Plug-in options of recipe=tiny_vae: an untrained autoencoder of model=tiny's kind, and the optimizer that trains it."""
+"""Plug-in options of recipe=tiny_vae: an untrained autoencoder for model=tiny, and the optimizer that trains it."""
 
 from __future__ import annotations
 

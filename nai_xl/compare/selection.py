@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +17,8 @@ from nai_xl.compare.runs.from_mlflow import read_mlflow, search_mlflow
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences, varied_only
 from nai_xl.compare.runs.run import Run
 from nai_xl.errors import UserError
+from nai_xl.record.config import read_config, read_params
 from nai_xl.tracker.mlflow.delivery import Progress
-
-
-def ignored() -> tuple[str, ...]:
-    """Settings that change neither weights nor samples: they name no arm."""
-    return (*NOT_OF_THE_METHOD, *(key for key in config.left_out() if key != "sampling"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Selection:
             raise UserError(f"{path}: no such directory; name runs such as outputs/NAME, or say sweep=NAME")
     runs, configs = _read(paths)
     if not all(run.arm for run in runs) or len({tuple(run.arm) for run in runs}) > 1:
-        runs = named_by_differences(runs, ignored())
+        runs = named_by_differences(runs, _ignored())
     question = replace(_question(configs[paths[0].name], "runs"), baseline=runs[0].label)
     return Selection(runs, question, Path(output_dir or paths[0].absolute().parent), configs)
 
@@ -104,7 +99,7 @@ def _in_mlflow(request: Request, output_dir: Path) -> Selection:
     name = sweeps.pop() if len(sweeps) == 1 else None
     known = next(iter(configs.values()), OmegaConf.create())
     question = _question(known, name) if name else Question("runs")  # runs of several sweeps answer no one's question
-    named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, ignored())
+    named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, _ignored())
     return Selection(named, question, output_dir, configs)
 
 
@@ -114,16 +109,21 @@ def _read(paths: Sequence[Path], sweep: str = "") -> tuple[list[Run], dict[str, 
     return [read_directory(path, _flat(path, configs[path.name]), sweep) for path in paths], configs
 
 
+def _ignored() -> tuple[str, ...]:
+    """Settings that change neither weights nor samples, and so name no arm."""
+    return (*NOT_OF_THE_METHOD, *(key for key in config.left_out() if key != "sampling"))
+
+
 def _config(path: Path) -> DictConfig:
-    """The config that a run wrote down; an empty one if the run has not got that far."""
-    return config.stored_config(path) if (path / "config.yaml").is_file() else OmegaConf.create({})
+    """The config that a run wrote down, in terms of this version; an empty one if the run has not got that far."""
+    stored = read_config(path)
+    return OmegaConf.create() if stored is None else config.upgraded(stored)
 
 
 def _flat(path: Path, cfg: DictConfig) -> dict[str, Any]:
     """The choices of groups, which a run notes in params.json, then the config's leaves."""
-    file = path / "params.json"
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known = {**noted.get("tags", {}), **config.upgraded_choices(noted.get("params", {}))}
+    noted = read_params(path)
+    known = {**noted.tags, **config.upgraded_choices(noted.params)}
     return {**{group: known[group] for group in config.groups() if group in known}, **config.flat(cfg)}
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
 
 from nai_xl.config.legacy import moved
-from nai_xl.errors import UserError, one_line
+from nai_xl.errors import UserError, one_line, under
 
 # a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
 TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
@@ -64,7 +64,7 @@ def build(node: Any, plugins: tuple[str, ...] = (), **given: Any) -> Any:
         return target(**arguments, **given)
     except ValueError as error:
         at = node._get_full_key(None) or target.__name__  # a node that stands alone has no key
-        raise UserError(f"{at}: {one_line(error)}") from error
+        raise UserError(under(at, one_line(error))) from error
 
 
 def plain(value: Any) -> Any:

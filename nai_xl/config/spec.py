@@ -20,10 +20,10 @@ from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
-from nai_xl.interfaces import Evaluator, MemoryAction
+from nai_xl.interfaces import Evaluator
+from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.model.sdxl import check_sdxl
-from nai_xl.optimizer.update import OptimizerInBackward
 from nai_xl.task.objective import compose_objective, groups
 from nai_xl.task.task import Task, TrainingData
 
@@ -65,12 +65,12 @@ class Spec:
     @property
     def compiles(self) -> bool:
         """Whether something is compiled, which had better happen before the clock starts."""
-        return any(getattr(action, "warms", False) for action in self.memory)
+        return any(action.compiles for action in self.memory)
 
     @property
-    def in_backward(self) -> OptimizerInBackward | None:
+    def in_backward(self) -> MemoryAction | None:
         """The memory action that updates within the backward pass, if it was chosen."""
-        return next((action for action in self.memory if isinstance(action, OptimizerInBackward)), None)
+        return next((action for action in self.memory if action.updates_in_backward), None)
 
     def start(self) -> Strategy:
         """Join the other processes. Raises UserError for settings that do not go with so many of them."""

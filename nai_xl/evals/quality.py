@@ -31,6 +31,9 @@ from nai_xl.interfaces import Direction, Placement
 from nai_xl.model.clip import check_clip, load_clip
 from nai_xl.record.items import mean, report
 
+# model.clip and model.vae are imported where they are used: transformers and diffusers take seconds to import, and a
+# comparison needs only `better` of this module
+
 INCEPTION, CLIP = "evals.quality.inception", "evals.quality.clip"
 ENOUGH = 10_000  # images: Heusel et al.'s code advises so many at least; published figures take 50,000
 
@@ -41,10 +44,6 @@ def _torchscript(path: Path) -> Path:
     if not zipfile.is_zipfile(path) or not any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
         raise ValueError("no TorchScript file (torch.jit.save); docs/evaluation.md tells how to make one of weights")
     return path
-
-
-# model.clip and model.vae are imported where they are used: transformers and diffusers take seconds to import, and a
-# comparison reads `better` alone
 
 
 def _clip_folder(path: Path) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nai_xl.errors import UserError
+from nai_xl.memory.action import MemoryAction
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -24,7 +25,7 @@ AMPERE = (8, 0)  # the first compute capability that flash and cuDNN attention r
 
 
 @dataclass(frozen=True)
-class Sdpa:
+class Sdpa(MemoryAction):
     """torch's scaled_dot_product_attention.
 
     kernel: `auto` lets torch pick for every shape; `flash` is FlashAttention (2205.14135, 2307.08691), `cudnn`
@@ -34,7 +35,7 @@ class Sdpa:
     """
 
     kernel: Literal["auto", "cudnn", "flash", "math"] = "auto"
-    tolerance: ClassVar[float] = 1e-5  # sums in another order; relative, in float32
+    tolerance = 1e-5  # sums in another order; relative, in float32
 
     def __post_init__(self) -> None:
         reason = _impossible(self.kernel)
@@ -42,35 +43,35 @@ class Sdpa:
             raise UserError(f"memory=[{self.kernel}]: {reason}; use memory=[sdpa], where torch picks what can run")
 
     @property
-    def option(self) -> str:
+    def attention(self) -> str:
         return "sdpa" if self.kernel == "auto" else self.kernel
 
     def apply(self, model: Any) -> None:
         model.set_attn_processor(AttnProcessor2_0() if self.kernel == "auto" else OneKernel(self.kernel))
 
+    def refuse_beside(self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: str) -> None:
+        float32 = precision == "no" and all(action.weights_in is None for action in actions)
+        if float32 and self.kernel in HALF_PRECISION and torch.cuda.is_available():
+            half = f"memory=[{self.kernel}] computes in half precision"
+            raise UserError(f"{half}; set precision=bf16, or memory=[sdpa]")
+
 
 @dataclass(frozen=True)
-class AttentionSlicing:
+class AttentionSlicing(MemoryAction):
     """Attention over `slice_size` heads of one image at a time.
 
     It shrinks what is alive at once in sampling. Training keeps every slice's attention matrix for the backward pass.
     """
 
     slice_size: Annotated[int, Field(ge=1)] = 1
-    tolerance: ClassVar[float] = 1e-5  # matrix products of other shapes; relative, in float32
-    option: ClassVar[str] = "attention_slicing"
+    tolerance = 1e-5  # matrix products of other shapes; relative, in float32
+
+    @property
+    def attention(self) -> str:
+        return "attention_slicing"
 
     def apply(self, model: Any) -> None:
         model.set_attention_slice(self.slice_size)
-
-
-def refuse_two_attentions(actions: Sequence[object]) -> None:
-    """Raises UserError when several actions say how attention is computed: the last would silently win."""
-    chosen = [action.option for action in actions if isinstance(action, Sdpa | AttentionSlicing)]
-    if len(chosen) > 1:
-        raise UserError(
-            f"memory=[{','.join(chosen)}]: only one can compute attention; '~memory.{chosen[0]}' takes one out"
-        )
 
 
 class OneKernel(AttnProcessor2_0):

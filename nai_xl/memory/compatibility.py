@@ -1,47 +1,34 @@
-"""Which memory actions need another one, or an optimizer that goes with them."""
+"""What must be true of all chosen memory actions together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Precision
-from nai_xl.memory.attention import HALF_PRECISION, Sdpa, refuse_two_attentions
-from nai_xl.memory.compiled import ActivationBudget, Compile
-from nai_xl.memory.fewer_bits import Bf16Weights
-from nai_xl.optimizer.rounding import rounds_stochastically
+from nai_xl.memory.action import MemoryAction
 
 
-def refuse_misfits(actions: Sequence[object], optimizer: Callable[..., Any], mixed_precision: str) -> None:
+def refuse_misfits(actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: Precision) -> None:
     """Raises UserError, naming the override, for actions that would do nothing or harm with these other choices.
 
-    `optimizer` is the class, or a partial of it, before it is given parameters.
+    optimizer: the class, or a partial of it, before it is given parameters.
     """
-
-    def chosen(kind: type) -> bool:
-        return any(isinstance(action, kind) for action in actions)
-
-    refuse_two_attentions(actions)
-    if chosen(ActivationBudget) and not chosen(Compile):
-        raise UserError("memory=activation_budget acts on compiled blocks only; set 'memory=[...,compile]'")
-    if chosen(Bf16Weights):
-        if mixed_precision == "fp16":
-            raise UserError("memory=bf16_weights computes in bfloat16; set precision=bf16, or no")
-        if not rounds_stochastically(optimizer):
-            raise UserError(
-                "memory=bf16_weights needs an optimizer that rounds stochastically: rounding to nearest would drop "
-                "every update below 1/256 of its weight. Set optimizer=adamw_bf16, adamw8bit or adafactor."
-            )
-    elif mixed_precision == "no" and torch.cuda.is_available():
-        for action in actions:
-            if isinstance(action, Sdpa) and action.kernel in HALF_PRECISION:
-                half = f"memory=[{action.kernel}] computes in half precision"
-                raise UserError(f"{half}; set precision=bf16, or memory=[sdpa]")
+    _refuse_two_attentions(actions)
+    for action in actions:
+        action.refuse_beside(actions, optimizer, precision)
 
 
-def autocast(actions: Sequence[object], mixed_precision: Precision) -> Precision:
-    """What accelerate is to cast to: nothing where the weights are bfloat16 and so everything is already."""
-    return "no" if any(isinstance(action, Bf16Weights) for action in actions) else mixed_precision
+def _refuse_two_attentions(actions: Sequence[MemoryAction]) -> None:
+    """The last would silently win."""
+    chosen = [action.attention for action in actions if action.attention is not None]
+    if len(chosen) > 1:
+        raise UserError(
+            f"memory=[{','.join(chosen)}]: only one can compute attention; '~memory.{chosen[0]}' takes one out"
+        )
+
+
+def autocast(actions: Sequence[MemoryAction], precision: Precision) -> Precision:
+    """What accelerate is to cast to: nothing if an action gives the weights a type, in which all is computed then."""
+    return "no" if any(action.weights_in is not None for action in actions) else precision

@@ -77,7 +77,7 @@ def skeleton(config: dict[str, Any]) -> UNet2DConditionModel:
 def inputs(
     unet: UNet2DConditionModel, batch: int, height: int, width: int, *, tokens: int = 77, device: str | torch.device
 ) -> dict[str, Any]:
-    """The UNet's arguments for `batch` images of height x width pixels, as types.Batch has them, float32 zeros."""
+    """The UNet's arguments for `batch` images of height x width pixels, as interfaces.Batch has them, float32 zeros."""
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nai_xl.optimizer import multi_tensor
+from nai_xl.optimizer import dry_run, multi_tensor
 from nai_xl.optimizer.rounding import further_words, random_words
 from nai_xl.optimizer.stochastic import StochasticOptimizer, flat
 
@@ -43,6 +43,8 @@ class AdamWBf16(StochasticOptimizer):
         return p.numel() % 16 == 0  # one odd size would keep a kernel from wide loads for all
 
     def update(self, group: dict[str, Any], params: list[Tensor], steps: Tensor, keys: Tensor) -> None:
+        if dry_run.active():  # the kernel writes in place
+            return
         corrections = bias_corrections(group, steps)
         if multi_tensor.available(params[0]):
             multi_tensor.adamw(self, group, params, corrections, keys)

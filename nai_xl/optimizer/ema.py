@@ -42,7 +42,12 @@ class StandardEma:
             name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self.live.items()
         }
         self.pairs: tuple[list[Tensor], list[Tensor]] = [*self.shadow.values()], [*self.live.values()]
-        self.on_host = HostCopies(self.pairs[1]) if device else None
+        self.away = HostCopies(self.pairs[1]) if device else None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the average lies in main memory, and takes none of the device's."""
+        return self.away is not None
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 1, if its turn has come."""
@@ -52,15 +57,15 @@ class StandardEma:
         last = range(step if early else step - self.every + 1, step + 1)
         share = 1 - math.prod(min(self.decay, (1 + n) / (10 + n)) for n in last)
         shadow, live = self.pairs
-        if self.on_host:
-            self.on_host.take_in(shadow, share)
+        if self.away:
+            self.away.take_in(shadow, share)
         else:
             _lerp(shadow, live, share)
 
     def averages(self) -> dict[str, Tensor]:
         """Parameter name -> averaged weight, float32."""
-        if self.on_host:
-            self.on_host.wait()
+        if self.away:
+            self.away.wait()
         return self.shadow
 
     @contextmanager
@@ -131,6 +136,8 @@ class HostCopies:
 
 class NoEma:
     """No average: evaluation and export take the trained weights."""
+
+    on_host = False
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self.live = dict(parameters)

@@ -1,4 +1,4 @@
-"""Triton kernels, the same sums as the plain torch of `adamw_bf16`, `adamw_8bit` and `rounding`. Imported when used.
+"""Triton kernels, the same sums as the plain torch of `adamw_bf16`, `adamw8bit` and `rounding`. Imported when used.
 
 Not annotated: Triton's compiler takes an annotation for a type of its own.
 """
@@ -114,7 +114,7 @@ def store_encoded(codes, scales, at, rows, inside, inside_rows, bounds, x):
 
 
 @triton.jit
-def adamw_8bit(table, chunks, corrections, keys, scale, found, values1, bounds1, values2, bounds2, lr, decay, beta1,
+def adamw8bit(table, chunks, corrections, keys, scale, found, values1, bounds1, values2, bounds2, lr, decay, beta1,
                rest1, beta2, rest2, eps, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr,
                SCALED: tl.constexpr, GUARDED: tl.constexpr,
                ALIGNED: tl.constexpr):  # fmt: skip

@@ -32,14 +32,14 @@ def adamw(optimizer: Any, group: dict[str, Any], params: list[Tensor], correctio
     _launch(optimizer, group, params, corrections, keys, kernels.adamw, ("exp_avg", "exp_avg_sq"))
 
 
-def adamw_8bit(optimizer: Any, group: dict[str, Any], params: list[Tensor], corrections: Tensor, keys: Tensor) -> None:
+def adamw8bit(optimizer: Any, group: dict[str, Any], params: list[Tensor], corrections: Tensor, keys: Tensor) -> None:
     """The same with moments in 8 bits."""
     from nai_xl.optimizer import kernels
 
     names = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
     device = params[0].device
     tables = [of(signed, device) for signed in (True, False) for of in (blockwise.code_values, blockwise.code_bounds)]
-    _launch(optimizer, group, params, corrections, keys, kernels.adamw_8bit, names, *tables)
+    _launch(optimizer, group, params, corrections, keys, kernels.adamw8bit, names, *tables)
 
 
 def subtract(optimizer: Any, p: Tensor, change: Tensor, decay: float, key: Tensor) -> None:

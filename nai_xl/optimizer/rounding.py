@@ -70,7 +70,10 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
 def rounds_stochastically(make: Callable[..., Any]) -> bool:
     """Whether an optimizer class, or a partial of one, may train bfloat16 weights.
 
-    Ours say so by the class attribute `stochastic_rounding`, torchao's by the argument `bf16_stochastic_round`.
+    Its attribute `stochastic_rounding` says so, which StochasticOptimizer has and a library's optimizer has not.
+    torchao's are asked by their argument `bf16_stochastic_round`.
     """
     kind, arguments = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
-    return bool(arguments.get("bf16_stochastic_round", getattr(kind, "stochastic_rounding", False)))
+    if "bf16_stochastic_round" in arguments:
+        return bool(arguments["bf16_stochastic_round"])
+    return hasattr(kind, "stochastic_rounding") and bool(kind.stochastic_rounding)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nai_xl.errors import UserError
 from nai_xl.optimizer.stochastic import keep_layout
 
 
@@ -165,36 +163,6 @@ class UpdateInBackward:
                 gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(1 - self.bad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-@dataclass(frozen=True)
-class OptimizerInBackward:
-    """Update each block within the backward pass, so that gradients never lie in memory all at once.
-
-    A memory action that changes nothing of the model: the loop's update becomes UpdateInBackward, where it is told what
-    this does to clipping. Equal to the usual update while the gradient's norm stays within run.max_grad_norm.
-    """
-
-    tolerance = 1e-4
-
-    def apply(self, model: Any) -> None:
-        pass
-
-    def refuse(self, *, grad_accum: int, precision: str, world: int) -> None:
-        """Raise UserError where a gradient must outlive the backward pass that made it."""
-        without = "'~memory.optimizer_in_backward'"
-        if grad_accum > 1:
-            raise UserError(
-                f"memory: optimizer_in_backward cannot accumulate gradients; set run.grad_accum=1 or {without}"
-            )
-        if precision == "fp16":
-            raise UserError(
-                f"memory: optimizer_in_backward does without a loss scaler; set precision=bf16 or {without}"
-            )
-        if world > 1:
-            raise UserError(
-                f"memory: optimizer_in_backward leaves nothing to average over {world} processes; set {without}"
-            )
 
 
 def blocks_of(parameters: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -1,6 +1,6 @@
 """python -m nai_xl.plan"""
 
-from nai_xl.plan.run_plan import main
+from nai_xl.plan.command import main
 
 if __name__ == "__main__":
     main()

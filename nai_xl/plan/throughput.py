@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nai_xl.engine.gpus import Gpu
-from nai_xl.plan.estimate import Footprint
+from nai_xl.plan.footprint import Footprint
 
 UTILISATION = 0.33
 """Share of a card's dense bf16 peak that the executed FLOPs get: our own target of 16 images/s at 1024 on one H200."""

@@ -8,13 +8,12 @@ launched them; times are microseconds on one clock.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nai_xl.engine.meter import PAUSED
+from nai_xl.profiler.intervals import Event, Interval, holds, length, overlap, span, union, without
 
 # marks in the trace: a step, waiting for its batches, and what is not the training's (checkpoints, evaluation)
 STEP, DATA = "nai_xl: step", "nai_xl: data"
@@ -49,9 +48,6 @@ KINDS = tuple(
     )
 )  # fmt: skip
 SOFTWARE = re.compile(r"^(autograd|torch::autograd|torch::jit|profiler)::")  # names with :: that compute nothing
-
-Event = Mapping[str, Any]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -99,17 +95,17 @@ def summarise(events: Iterable[Event]) -> Summary:
     count = len(marks[STEP])
     if not count:
         raise ValueError("no step is marked in this trace")
-    steps = _without(sorted(map(_span, marks[STEP])), _union(map(_span, marks[PAUSED])))
-    waiting = sorted(map(_span, marks[DATA]))
-    total = _length(steps)
+    steps = without(sorted(map(span, marks[STEP])), union(map(span, marks[PAUSED])))
+    waiting = sorted(map(span, marks[DATA]))
+    total = length(steps)
     threads = {event["tid"] for event in marks[STEP]} | {
         event["tid"] for event in timed if str(event["name"]).startswith("autograd::engine")
     }
     host = _Host()
     for thread in threads:
-        host.read([event for event in timed if event["tid"] == thread and _holds(steps, event)], waiting)
-    kernels = [event for event in timed if _on_device(event) and _holds(steps, event)]
-    spent, lost = _device(kernels, timed, steps, waiting) if kernels else (host.spent, {WAIT: _length(waiting)})
+        host.read([event for event in timed if event["tid"] == thread and holds(steps, event)], waiting)
+    kernels = [event for event in timed if _on_device(event) and holds(steps, event)]
+    spent, lost = _device(kernels, timed, steps, waiting) if kernels else (host.spent, {WAIT: length(waiting)})
     bounds = {COMPUTE: 0.0, MEMORY: 0.0, COMMUNICATION: 0.0, **lost}
     kinds: dict[tuple[str, str], float] = defaultdict(float)
     costs = []
@@ -155,7 +151,7 @@ class _Host:
         """Take in one thread. What the loader does in this thread is part of waiting for it."""
         for call in _nested(events):
             self.compiling |= "(dynamo_timed)" in call.name
-            if _holds(waiting, call.event):
+            if holds(waiting, call.event):
                 continue
             if call.event.get("cat") != "cpu_op":
                 if call.name.startswith("cuda") and call.name.endswith("Synchronize"):
@@ -192,7 +188,7 @@ def _nested(events: Iterable[Event]) -> list[_Call]:
     calls: list[_Call] = []
     around: list[_Call] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
-        while around and event["ts"] >= _span(around[-1].event)[1]:
+        while around and event["ts"] >= span(around[-1].event)[1]:
             around.pop()
         parent = around[-1] if around else None
         inside = outermost = None
@@ -224,9 +220,9 @@ def _device(
         for event in events
         if event.get("cat") == "cpu_op" and "External id" in event.get("args", {})
     }
-    busy = _overlap(_union(map(_span, kernels)), steps)
+    busy = overlap(union(map(span, kernels)), steps)
     summed = sum(float(kernel["dur"]) for kernel in kernels)
-    scale = _length(busy) / summed if summed else 0.0
+    scale = length(busy) / summed if summed else 0.0
     spent: Spent = defaultdict(lambda: [0.0, 0])
     for kernel in kernels:
         own = str(kernel["name"])
@@ -236,55 +232,5 @@ def _device(
         cost = spent[label, MEMORY if bound == HOST else bound, "other" if bound == HOST else kind]
         cost[0] += kernel["dur"] * scale
         cost[1] += 1
-    waited = _overlap(waiting, steps)
-    return spent, {WAIT: _length(waited) - _length(_overlap(waited, busy))}
-
-
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-
-def _span(event: Event) -> Interval:
-    return float(event["ts"]), float(event["ts"]) + float(event["dur"])
-
-
-def _length(intervals: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
-
-
-def _holds(intervals: Sequence[Interval], event: Event) -> bool:
-    """Whether the event's middle lies in one of these sorted, disjoint intervals."""
-    middle = float(event["ts"]) + float(event["dur"]) / 2
-    place = bisect_right(intervals, (middle, float("inf"))) - 1
-    return place >= 0 and middle <= intervals[place][1]
-
-
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same points as sorted, disjoint intervals."""
-    joined: list[Interval] = []
-    for start, end in sorted(intervals):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def _without(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
-    """The points of one of two sequences of sorted, disjoint intervals that are not in the other."""
-    edges = [-float("inf"), *(edge for interval in other for edge in interval), float("inf")]
-    return _overlap(one, list(zip(edges[::2], edges[1::2], strict=True)))
-
-
-def _overlap(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
-    """The points in both of two sequences of sorted, disjoint intervals."""
-    common: list[Interval] = []
-    i = j = 0
-    while i < len(one) and j < len(other):
-        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
-        if start < end:
-            common.append((start, end))
-        if one[i][1] < other[j][1]:
-            i += 1
-        else:
-            j += 1
-    return common
+    waited = overlap(waiting, steps)
+    return spent, {WAIT: length(waited) - length(overlap(waited, busy))}

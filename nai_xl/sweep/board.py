@@ -30,7 +30,7 @@ class Row:
 
 
 class Board:
-    """On a terminal also how far each running arm is; elsewhere only what begins and ends."""
+    """Says which arms begin and end. On a terminal it also shows how far each running arm is."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ def tail(log: Path, since: int = 0, size: int = 4000) -> str:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """All arms, at the table's natural width, then what to do about those that failed."""
+    """Print a table of all arms, as wide as it needs, and then what to do about those that failed."""
     made = Table(box=None, padding=(0, 1), title=Text(title, style="bold"), title_justify="left")
     made.add_column("arm", style="cyan", no_wrap=True)
     made.add_column("status", no_wrap=True)
@@ -90,7 +90,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         loss = "" if row.loss is None else f"{row.loss:.4f}"
         status = Text(row.status, style=COLOURS.get(row.status, ""))
         time = spent(row.seconds) if row.seconds else ""
-        # as Text: in a string [sdpa] would be rich's markup, and memory=[sdpa] an arm without a name
+        # Text, because rich would take the [sdpa] of memory=[sdpa] in a string for markup and hide it
         made.add_row(Text(row.arm), status, f"{row.steps or ''}", time, loss, Text(str(row.path)))
     width = Console(width=1000).measure(made).maximum
     Console(highlight=False, width=max(width, len(title))).print(made)

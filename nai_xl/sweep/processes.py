@@ -1,8 +1,9 @@
-"""Programs in processes of their own: so many at a time, each in its slot, with its output in a file."""
+"""Programs in processes of their own: one at a time in each slot, with the output in a file."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,22 +16,24 @@ from typing import Protocol
 
 import psutil
 
+WORKER_ENDED = re.compile(r"exitcode\s*:\s*(-?\d+)")  # in torchrun's report, which has the first cause last
+
 
 @dataclass(frozen=True)
-class Task:
+class Program:
     """A command whose output is appended to `log`."""
 
     command: Sequence[str]
     log: Path
-    workers: bool = False  # torchrun's: the work is done by its children
+    workers: bool = False  # the command is torchrun, and its children do the work
 
 
 @dataclass
 class Running:
-    """A task under way in `slot`."""
+    """A program under way in `slot`. `number` is its place among all programs."""
 
     number: int
-    task: Task
+    program: Program
     slot: int
     process: subprocess.Popen[bytes]
     log_began: int  # the log's length when this process began
@@ -42,13 +45,13 @@ class Running:
         return time.monotonic() - self.began
 
     def interrupt(self) -> None:
-        """Ask once for an end after the step in hand, by the SIGINT of a Ctrl-C.
+        """Ask it once to end after the step in hand, with a SIGINT as a Ctrl-C sends it.
 
-        torchrun itself would give its workers 30 seconds for their checkpoints, so that they are asked and not it.
+        torchrun would give its workers only 30 seconds for their checkpoints, so the workers are asked, not torchrun.
         """
         if not self.asked:
             self.asked = True
-            workers = _descendants(self.process.pid, recursive=False) if self.task.workers else []
+            workers = _descendants(self.process.pid, recursive=False) if self.program.workers else []
             for pid in [worker.pid for worker in workers] or [self.process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGINT)
@@ -68,13 +71,13 @@ def _descendants(pid: int, *, recursive: bool = True) -> list[psutil.Process]:
 
 
 class Asked(Protocol):
-    """Whether an end was asked for, as engine.loop.Stop knows."""
+    """Whether an end was asked for; engine.loop.Stop is one."""
 
     asked: bool
 
 
 def run_all(
-    tasks: Sequence[Task],
+    programs: Sequence[Program],
     environments: Sequence[Mapping[str, str]],
     stop: Asked,
     *,
@@ -82,20 +85,20 @@ def run_all(
     ended: Callable[[Running, int], None],
     watch: Callable[[Sequence[Running]], None],
 ) -> int:
-    """Run the tasks in their order, one in each slot at a time; the number of those begun.
+    """Run the programs in their order, one in each slot at a time. Returns how many were begun.
 
-    `environments`: what each slot adds to the environment; there are as many slots. After `stop` was asked, running
-    tasks are asked to stop, and no more are begun; a KeyboardInterrupt meanwhile kills them. `ended` is told the exit
+    `environments`: what each slot adds to the environment, one for each slot. Once `stop` is asked, running programs
+    are asked to stop and no more are begun; a KeyboardInterrupt after that kills them. `ended` is given the exit
     status, negative for a signal; `watch` is called several times a second.
     """
-    waiting, free = deque(enumerate(tasks)), deque(range(len(environments)))
+    waiting, free = deque(enumerate(programs)), deque(range(len(environments)))
     running: list[Running] = []
     try:
         while running or (waiting and not stop.asked):
             while waiting and free and not stop.asked:
-                number, task = waiting.popleft()
+                number, program = waiting.popleft()
                 slot = free.popleft()
-                running.append(_start(number, task, slot, environments[slot]))
+                running.append(_start(number, program, slot, environments[slot]))
                 begun(running[-1])
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
@@ -106,24 +109,35 @@ def run_all(
                     one.interrupt()
             watch(running)
             time.sleep(0.2)
-    finally:  # nothing is left then but after an interruption
+    finally:  # after an interruption, some are still running
         for one in running:
             one.kill()
             ended(one, int(one.process.returncode))
-    return len(tasks) - len(waiting)
+    return len(programs) - len(waiting)
 
 
-def _start(number: int, task: Task, slot: int, environment: Mapping[str, str]) -> Running:
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with task.log.open("ab") as log:
+def _start(number: int, program: Program, slot: int, environment: Mapping[str, str]) -> Running:
+    program.log.parent.mkdir(parents=True, exist_ok=True)
+    with program.log.open("ab") as log:
         length = log.seek(0, os.SEEK_END)
-        # a session of its own: a terminal's Ctrl-C reaches every process of ours, and this one would be asked twice
+        # a new session, because a terminal's Ctrl-C reaches every process of this one and would ask it twice
         process = subprocess.Popen(
-            task.command,
+            program.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
             start_new_session=True,
         )
-        return Running(number, task, slot, process, length)
+        return Running(number, program, slot, process, length)
+
+
+def why(code: int, log: str) -> str:
+    """Why a process ended that could not say so itself: its signal, or the last error in its output."""
+    workers = WORKER_ENDED.findall(log)
+    cause = int(workers[-1]) if workers else code
+    if cause < 0:
+        return f"killed by signal {-cause}"
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return [*lines, *errors][-1].removeprefix("error: ") if lines else f"exit status {code}"

@@ -15,10 +15,16 @@ from nai_xl.record.config import write_params
 from nai_xl.record.journal import metrics_of, note_end, now, outbox_of
 from nai_xl.record.metrics import last_step
 from nai_xl.record.run_dir import RunDirectory
+from nai_xl.tracker.sweep import SweepTracker
 
 
 class NoTracker:
-    """Reports nothing: for every rank but the first, and the base of the others."""
+    """Reports nothing: for every rank but the first, and the base of the other trackers."""
+
+    @classmethod
+    def of_sweep(cls, **settings: Any) -> SweepTracker:
+        """What follows a whole sweep whose arms have this tracker with these `settings` of its config node."""
+        return SweepTracker()
 
     def __enter__(self) -> NoTracker:
         return self
@@ -39,13 +45,14 @@ class NoTracker:
         pass
 
     def where(self) -> list[str]:
-        """Lines that tell a person where to look."""
+        """Lines that tell a person where to look for the run's results."""
         return []
 
 
 class JsonlTracker(NoTracker):
-    """Keeps the record of a run in `run_dir`, each step once however often the run was resumed; pictures in
-    `run_dir`/<name>/step_00000100.png.
+    """Keeps the record of a run in `run_dir`, each step once however often the run was resumed.
+
+    Pictures lie in `run_dir`/<name>/step_00000100.png.
     """
 
     changes_weights: ClassVar[bool] = False
@@ -73,7 +80,7 @@ class JsonlTracker(NoTracker):
         self.outbox.append(time=now(), kind="params", file=RunDirectory(self.run_dir).params.name)
 
     def is_new(self, step: int) -> bool:
-        """False for a step that an earlier session of this run reported."""
+        """False for a step that this run has reported already, before it was resumed."""
         return step > self.last
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -22,8 +22,9 @@ from nai_xl.engine.loop import Stop, Training, train
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
 from nai_xl.interfaces import Checkpointer, Tracker
-from nai_xl.memory.compiled import uncompiled
-from nai_xl.profiler.profiler import NoProfiler, Profiler, Setup
+from nai_xl.memory.compile import uncompiled
+from nai_xl.profiler.advice import Setup
+from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
@@ -134,7 +135,8 @@ class Session:
         cfg, run = self.spec.cfg, self.spec.run
         if cfg.profile is None or not self.strategy.first:
             return NoProfiler()
-        memory = tuple(map(str, cfg.get("memory") or ()))
+        chosen = [str(name) for name, node in (cfg.get("memory") or {}).items() if "_target_" in node]
+        memory = dict(zip(chosen, self.spec.memory, strict=True))
         profiler: Profiler = config.build(
             cfg.profile,
             tuple(cfg.plugins),

@@ -203,3 +203,14 @@ def test_the_report_goes_where_the_arms_are(
     assert (name, question, files, where) == ("losses", QUESTION, [tmp_path], ["sqlite:///far.db", "mine"])
     assert isinstance(metrics, dict) and metrics["val/loss/minsnr"] == pytest.approx(-0.05, abs=0.01)
     assert len(metrics) == 6 and metrics["val/loss/edm"] == 0
+
+
+def test_a_damaged_file_is_named_with_its_cure(told: Command, tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, arm, 0, effect={"val/loss": 0.1}, sweep="torn") for arm in (BASE, GOOD)]
+    (paths[1] / "arm.json").write_text('{"sweep": "torn", "arm": {"lo')
+    for arguments in (["sweep=torn", f"output_dir={tmp_path}"], list(map(str, paths))):
+        err = told(*arguments, status=1)
+        assert "minsnr-0/arm.json is damaged" in err and "train that run again, or remove the file" in err
+    (paths[1] / "arm.json").unlink()
+    (paths[1] / "params.json").write_text("{")
+    assert "minsnr-0/params.json is damaged" in told(*map(str, paths), status=1)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from nai_xl import config
 from nai_xl.errors import UserError
-from nai_xl.interfaces import MemoryAction
 from nai_xl.memory import process_wide
-from nai_xl.memory.attention import AttentionSlicing, Sdpa
+from nai_xl.memory.action import MemoryAction
 from nai_xl.model.tiny import tiny_sdxl
 
 OPTIONS = sorted(path.stem for path in (config.conf_dir() / "memory").glob("*.yaml"))
@@ -39,7 +38,7 @@ def refusal(option: str) -> str | None:
 
 
 def is_attention(option: str) -> bool:
-    return refusal(option) is None and any(isinstance(a, Sdpa | AttentionSlicing) for a in actions(f"[{option}]"))
+    return refusal(option) is None and any(a.attention for a in actions(f"[{option}]"))
 
 
 def pairs() -> list[str]:

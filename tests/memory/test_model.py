@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.errors import UserError
-from nai_xl.interfaces import MemoryAction
-from nai_xl.memory import attention, checkpointing, offload
+from nai_xl.memory import attention, gradient_checkpointing, offload_activations
+from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.attention import AttentionSlicing, Sdpa
-from nai_xl.memory.checkpointing import GradientCheckpointing
-from nai_xl.memory.layout import ChannelsLast
-from nai_xl.memory.offload import OffloadActivations
+from nai_xl.memory.channels_last import ChannelsLast
+from nai_xl.memory.gradient_checkpointing import GradientCheckpointing
+from nai_xl.memory.offload_activations import OffloadActivations
 from tests.memory.test_memory import loss_of, plain_unet
 
 
@@ -132,8 +132,10 @@ def test_dropout_alone_has_the_random_state_kept(blocks: Any, dropout: float, mo
 
 def test_torch_recomputes_where_our_own_way_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     by_torch: list[object] = []
-    torchs = checkpointing.checkpoint
-    monkeypatch.setattr(checkpointing, "checkpoint", lambda *a, **k: (by_torch.append(a[0]), torchs(*a, **k))[1])
+    torchs = gradient_checkpointing.checkpoint
+    monkeypatch.setattr(
+        gradient_checkpointing, "checkpoint", lambda *a, **k: (by_torch.append(a[0]), torchs(*a, **k))[1]
+    )
 
     def blocks(unet: Any) -> set[object]:
         by_torch.clear()
@@ -159,8 +161,8 @@ def test_a_gate_reads_what_comes_before_it() -> None:
         BasicTransformerBlock(8, 1, 8, norm_type=kind, num_embeds_ada_norm=4 if "ada" in kind else None)
         for kind in ("layer_norm", "ada_norm_zero")
     )
-    assert checkpointing._ends(plain) == [plain.ff.net[-1]]
-    assert checkpointing._ends(gated) == []
+    assert gradient_checkpointing._ends(plain) == [plain.ff.net[-1]]
+    assert gradient_checkpointing._ends(gated) == []
 
 
 @pytest.mark.parametrize("blocks", ["all", "transformer", "ff"])
@@ -342,9 +344,9 @@ def test_channels_last_swaps_every_block_and_nothing_in_its_weights() -> None:
 def parked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every tensor that goes to the host; the CPU is taken for a device with memory of its own."""
     seen: list[Tensor] = []
-    monkeypatch.setattr(offload, "stays", lambda device: False)
-    real = offload.park
-    monkeypatch.setattr(offload, "park", lambda tensor: (seen.append(tensor), real(tensor))[1])
+    monkeypatch.setattr(offload_activations, "stays", lambda device: False)
+    real = offload_activations.park
+    monkeypatch.setattr(offload_activations, "park", lambda tensor: (seen.append(tensor), real(tensor))[1])
     return seen
 
 
@@ -375,9 +377,9 @@ def test_weights_are_not_offloaded(autocast: bool, parked: list[Tensor]) -> None
 
 def test_what_is_small_stays_and_so_does_everything_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     went: list[Tensor] = []
-    monkeypatch.setattr(offload, "park", went.append)
+    monkeypatch.setattr(offload_activations, "park", went.append)
     loss_of(unet_with(OffloadActivations(1))).backward()
-    monkeypatch.setattr(offload, "stays", lambda device: False)
+    monkeypatch.setattr(offload_activations, "stays", lambda device: False)
     loss_of(unet_with(OffloadActivations(1 << 40))).backward()
     assert went == []
 
@@ -401,5 +403,5 @@ def test_a_parked_tensor_comes_back_with_its_strides(shape: list[int], order: An
     axes = list(range(len(shape)))
     order.shuffle(axes)
     tensor = torch.randn(shape).to(dtype).permute(axes)
-    back = offload.unpack(offload.park(tensor))
+    back = offload_activations.unpack(offload_activations.park(tensor))
     assert torch.equal(back, tensor) and back.stride() == tensor.stride() and back.data_ptr() != tensor.data_ptr()

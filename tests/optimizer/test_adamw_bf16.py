@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nai_xl.optimizer.adamw_8bit import AdamW8bit
+from nai_xl.optimizer.adamw8bit import AdamW8bit
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 
 SHAPES = ((7,), (33, 20), (8, 4, 3, 3))

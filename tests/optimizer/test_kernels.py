@@ -13,7 +13,7 @@ import sys, torch
 from torch import nn
 from nai_xl.optimizer import multi_tensor
 from nai_xl.optimizer.adafactor import Adafactor
-from nai_xl.optimizer.adamw_8bit import AdamW8bit
+from nai_xl.optimizer.adamw8bit import AdamW8bit
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 
 device = sys.argv[1]
@@ -57,7 +57,7 @@ def test_kernels_and_plain_torch_are_the_same_optimizer() -> None:
 
 def test_nothing_imports_triton_until_a_kernel_is_needed() -> None:
     code = (
-        "import sys; sys.modules['triton'] = None; import nai_xl.engine.optimizers.adamw_8bit, "
+        "import sys; sys.modules['triton'] = None; import nai_xl.optimizer.adamw8bit, "
         "nai_xl.optimizer.adafactor as a, torch; p = torch.nn.Parameter(torch.ones(2, 2)); "
         "p.grad = torch.ones(2, 2); a.Adafactor([p]).step()"
     )

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from nai_xl import config
 from nai_xl.distributed.none import SingleProcess
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.checkpoint import LocalCheckpoints, ModuleState
-from nai_xl.errors import UserError
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
-from nai_xl.optimizer.update import OptimizerInBackward, UpdateInBackward, WholeUpdate, blocks_of
+from nai_xl.optimizer.update import UpdateInBackward, WholeUpdate, blocks_of
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fused": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, fused=True),
@@ -242,22 +240,3 @@ def test_blocks_are_those_of_the_unet_and_hold_every_parameter_once() -> None:
     inner = kinds.count("BasicTransformerBlock") + kinds.count("ResnetBlock2D")
     assert len(blocks) > inner >= 10
     assert max(sum(p.numel() for p in b) for b in blocks) < 0.25 * sum(p.numel() for p in unet.parameters())
-
-
-@pytest.mark.parametrize(
-    ("settings", "override"),
-    [
-        ({"grad_accum": 2, "precision": "no", "world": 1}, "run.grad_accum=1"),
-        ({"grad_accum": 1, "precision": "fp16", "world": 1}, "precision=bf16"),
-        ({"grad_accum": 1, "precision": "no", "world": 2}, "~memory.optimizer_in_backward"),
-    ],
-)
-def test_what_needs_whole_gradients_is_refused(settings: dict[str, Any], override: str) -> None:
-    with pytest.raises(UserError, match=override):
-        OptimizerInBackward().refuse(**settings)
-
-
-def test_the_option_is_this_action() -> None:
-    cfg = config.compose(["memory=[optimizer_in_backward]"])
-    config.check(cfg)
-    assert config.build(cfg.memory) == {"optimizer_in_backward": OptimizerInBackward()}

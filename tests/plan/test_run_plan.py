@@ -15,11 +15,13 @@ from nai_xl import config
 from nai_xl.engine.gpus import GIB, GPUS
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Bucket
-from nai_xl.memory import compiled
+from nai_xl.memory.compile import Compile
 from nai_xl.model.flops import by_area, forward_flops
 from nai_xl.model.tiny import tiny_unet_skeleton
-from nai_xl.plan import run_plan as plan
-from nai_xl.plan.estimate import Footprint
+from nai_xl.plan import command, remedy
+from nai_xl.plan.footprint import Footprint
+from nai_xl.plan.run_plan import Machines, RunPlan, make
+from nai_xl.plan.tables import compared
 from nai_xl.plan.throughput import all_reduce_seconds, expected
 from nai_xl.train import train
 
@@ -34,10 +36,10 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["plan", *arguments])
         if status:
             with pytest.raises(SystemExit) as stopped:
-                plan.main()
+                command.main()
             assert stopped.value.code == status
             return capsys.readouterr().err
-        plan.main()
+        command.main()
         return capsys.readouterr().out
 
     return run
@@ -118,21 +120,21 @@ def test_mistakes_are_told(told: Callable[..., str]) -> None:
 
 
 def test_a_plan_that_does_not_fit_names_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(cfg: DictConfig, choices: dict[str, str], machines: plan.Machines) -> plan.Plan:
+    def make(cfg: DictConfig, choices: dict[str, str], machines: Machines) -> RunPlan:
         tried.append(choices["optimizer"])
         if choices["optimizer"] == "adamw8bit":
             raise UserError("no luck")
         small = choices["optimizer"] == "adafactor"
         needed = FOOTPRINT if small else FOOTPRINT.__class__(**{**vars(FOOTPRINT), "peaks": {"forward": 10**12}})
-        return plan.Plan(choices, None, needed, Bucket(8, 8), {}, False, {}, True, False)  # type: ignore[arg-type]
+        return RunPlan(choices, None, needed, Bucket(8, 8), {}, False, {}, True, False)  # type: ignore[arg-type]
 
     tried: list[str] = []
-    monkeypatch.setattr(plan, "make", make)
-    said = plan.remedy(["memory=[sdpa]", "run.batch_size=9"], None, GPUS["rtx4090"], plan.Machines())
+    monkeypatch.setattr(remedy, "make", make)
+    said = remedy.remedy(["memory=[sdpa]", "run.batch_size=9"], None, GPUS["rtx4090"], Machines())
     assert said.startswith("hardware=gpu_12gb fits the RTX 4090 with")
     assert tried == ["adamw8bit", "adamw8bit", "adafactor"]  # the presets for larger cards are not tried
-    monkeypatch.setattr(plan, "REMEDIES", {"hardware=gpu_16gb": 15})
-    assert plan.remedy([], None, GPUS["rtx4090"], plan.Machines()) == "no preset fits the RTX 4090"
+    monkeypatch.setattr(remedy, "REMEDIES", {"hardware=gpu_16gb": 15})
+    assert remedy.remedy([], None, GPUS["rtx4090"], Machines()) == "no preset fits the RTX 4090"
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def test_a_preset_can_have_more_beside_it() -> None:
 def test_every_preset_trains_here(
     preset: str, small: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.Compile, "apply", lambda self, unet: None)  # has tests of its own, and takes minutes
+    monkeypatch.setattr(Compile, "apply", lambda self, unet: None)  # has tests of its own, and takes minutes
     cfg = small(f"hardware={preset}", "run.max_images=4")
     config.check(cfg)
     assert (train(cfg, {}) / "pipeline").is_dir()
@@ -167,15 +169,24 @@ def test_presets_for_smaller_cards_need_less() -> None:
 
     def needed(preset: str) -> float:
         [(_, choices, cfg)] = config.combinations([f"hardware={preset}", "run.batch_size=1", "bucketing=square"])
-        return plan.make(cfg, choices).footprint.needed
+        return make(cfg, choices).footprint.needed
 
     peaks = [needed(f"gpu_{size}gb") for size in (12, 16, 24, 48, 80)]
     assert peaks == sorted(peaks) and len(set(peaks)) == 5
 
 
+def test_an_average_in_main_memory_takes_none_of_the_card() -> None:
+    def planned(ema: str) -> RunPlan:
+        return make(config.compose([f"ema={ema}", "bucketing=square", "run.batch_size=1"]), {})
+
+    beside, away, none = map(planned, ("standard", "in_main_memory", "none"))
+    assert (beside.ema_on_host, away.ema_on_host, none.ema_on_host) == (False, True, False)
+    assert beside.footprint.ema >= 4 * beside.footprint.parameters and away.footprint.ema == none.footprint.ema == 0
+
+
 def test_a_list_that_is_compared_is_told_as_it_was_given() -> None:
     rows = [({"memory": "[sdpa]"}, "refused"), ({"memory": "[sdpa,tf32]"}, "refused")]
-    made = plan.compared(rows, [], plan.Machines())
+    made = compared(rows, [], Machines())
     console = Console(width=200)
     with console.capture() as told:
         console.print(made)

@@ -15,12 +15,16 @@ from rich.console import Console, RenderableType
 from nai_xl import config
 from nai_xl.engine.meter import Meter
 from nai_xl.interfaces import Batch
-from nai_xl.profiler.profiler import Page, Profiler, Setup, advice
+from nai_xl.memory.action import MemoryAction
+from nai_xl.memory.attention import Sdpa
+from nai_xl.profiler.advice import Setup, advice
+from nai_xl.profiler.page import Page
+from nai_xl.profiler.profiler import Profiler
 from nai_xl.profiler.trace import DATA, PAUSED, STEP, Cost, Summary
 from nai_xl.tracker.jsonl import NoTracker
 
 CPU = torch.device("cpu")
-SETUP = Setup(batch_size=8, grad_accum=1, workers=0, mixed_precision="bf16", memory=("sdpa",))
+SETUP = Setup(batch_size=8, grad_accum=1, workers=0, mixed_precision="bf16", memory={"sdpa": Sdpa()})
 BOUNDS = {"compute-bound": 0.7, "memory-bound": 0.25, "communication": 0.0, "data wait": 0.01, "idle": 0.04}
 WELL = Summary(6, 0.5, BOUNDS, {("compute-bound", "gemm"): 0.7}, [], 5000, 4000, {}, {}, False)
 
@@ -119,7 +123,7 @@ def test_a_run_without_steps_left_is_let_be(tmp_path: Path) -> None:
         ({"idle": 0.3}, {}, "gpu", "memory=[sdpa,compile]"),
         ({"host": 0.3}, {}, "cpu", "run.batch_size=16"),
         ({"memory-bound": 0.5}, {}, "gpu", "memory=[sdpa,compile]"),
-        ({"softmax": 0.1}, {"memory": ()}, "gpu", "memory=[sdpa]"),
+        ({"softmax": 0.1}, {"memory": {}}, "gpu", "memory=[sdpa]"),
         ({"optimizer": 0.2}, {}, "gpu", "run.grad_accum=2"),
         ({"copies": 0.2}, {}, "gpu", "memory=[sdpa,bf16_weights]"),
         ({"copies": 0.2}, {}, "gpu", "memory=[sdpa,channels_last]"),
@@ -154,7 +158,8 @@ def test_nothing_is_advised_where_nothing_stands_out_or_all_is_chosen() -> None:
     assert advice(WELL, SETUP, on_gpu=True) == [
         "Nothing stands out: 70% is matrix products, convolutions and attention, as it should be."
     ]
-    everything = replace(SETUP, memory=("sdpa", "compile", "bf16_weights", "channels_last"))
+    chosen = config.compose(["memory=[sdpa,compile,bf16_weights,channels_last]"]).memory
+    everything = replace(SETUP, memory=config.build(chosen))
     slow = replace(WELL, bounds={**BOUNDS, "memory-bound": 0.6, "idle": 0.3}, kinds={("memory-bound", "copies"): 0.3})
     assert not re.search(r"memory=", " ".join(advice(slow, everything, on_gpu=True)))
     assert "does not let torch's profiler" in advice(replace(WELL, kernels=0), SETUP, on_gpu=True)[0]
@@ -175,3 +180,16 @@ def test_the_page_fits_its_screen_and_cuts_no_number(width: int) -> None:
     for number in ("1,234.50", "4,321", "123.40", "412.7", "70.0%", "16.0 images/s", "5,000", "4,000", "1.25 GiB"):
         assert number in " ".join(text.split()), number
     assert math.isclose(len(re.findall("█", text)), 20, abs_tol=2)
+
+
+def test_actions_of_other_names_are_known_by_what_they_do() -> None:
+    class Own(MemoryAction):
+        compiles = True
+        weights_in = torch.bfloat16
+        attention = "own"  # type: ignore[assignment]
+
+    kinds = {("memory-bound", "copies"): 0.3, ("memory-bound", "softmax"): 0.3}
+    slow = replace(WELL, bounds={**BOUNDS, "memory-bound": 0.6, "idle": 0.3}, kinds=kinds)
+    plain, own = (replace(SETUP, memory=memory) for memory in ({}, {"own": Own()}))
+    advised = [set(re.findall(r"memory=\[([^]]*)\]", " ".join(advice(slow, s, on_gpu=True)))) for s in (plain, own)]
+    assert advised == [{"compile", "sdpa", "bf16_weights", "channels_last"}, {"own,channels_last"}]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nai_xl.profiler import trace
+from nai_xl.profiler import intervals
 from nai_xl.profiler.trace import DATA, PAUSED, STEP, classify, summarise
 
 Event = dict[str, Any]
@@ -221,14 +221,15 @@ def cells(intervals: list[tuple[float, float]]) -> set[int]:
     return {cell for start, end in intervals for cell in range(int(start), int(end))}
 
 
+@settings(deadline=None)
 @given(Intervals, Intervals)
 def test_intervals_are_sets(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> None:
-    first, second = trace._union(one), trace._union(other)
+    first, second = intervals.union(one), intervals.union(other)
     assert cells(first) == cells(one)
     for combined, expected in (
         (first, cells(one)),
-        (trace._overlap(first, second), cells(one) & cells(other)),
-        (trace._without(first, second), cells(one) - cells(other)),
+        (intervals.overlap(first, second), cells(one) & cells(other)),
+        (intervals.without(first, second), cells(one) - cells(other)),
     ):
-        assert cells(combined) == expected and trace._length(combined) == len(expected)
+        assert cells(combined) == expected and intervals.length(combined) == len(expected)
         assert combined == sorted(combined)

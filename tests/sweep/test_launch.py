@@ -24,8 +24,12 @@ from nai_xl import config
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Arm, read_arm
 from nai_xl.sweep.board import Row, print_table, progress
-from nai_xl.sweep.launch import SweepSettings, slots, why
-from nai_xl.sweep.processes import Running, Task, run_all
+from nai_xl.sweep.launch import sweep_tracker
+from nai_xl.sweep.machine import slots
+from nai_xl.sweep.processes import Program, Running, run_all, why
+from nai_xl.sweep.settings import SweepSettings
+from nai_xl.tracker.mlflow.sweep import MlflowSweep
+from nai_xl.tracker.sweep import SweepTracker
 from nai_xl.train import main
 from tests.conftest import SMALL
 from tests.test_cli import ENVIRONMENT
@@ -332,6 +336,53 @@ def test_processes_of_an_arm() -> None:
         SweepSettings(processes=3).processes_of(ddp, 2)
 
 
+PLUG_IN = """
+from nai_xl.tracker.jsonl import JsonlTracker
+from nai_xl.tracker.mlflow.tracker import MlflowTracker
+
+class Own(JsonlTracker):
+    def __init__(self, run_dir, *, colour="red"):
+        super().__init__(run_dir)
+
+class OwnMlflow(MlflowTracker):
+    def __init__(self, run_dir, *, colour="red", uri=None):
+        super().__init__(run_dir, uri=uri)
+
+def function(run_dir):
+    return JsonlTracker(run_dir)
+"""
+
+
+def test_a_tracker_says_what_follows_the_whole_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_trackers.py").write_text(PLUG_IN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["plugins=[own_trackers]", "tracker=jsonl"]
+    for overrides in (["tracker=jsonl"], [*own, "tracker._target_=own_trackers.Own", "+tracker.colour=blue"]):
+        quiet = sweep_tracker(config.compose(overrides))
+        assert type(quiet) is SweepTracker
+        assert quiet.begin("s", "why?", ["loss"], []) == [] == quiet.end([tmp_path])
+    sent = sweep_tracker(config.compose(["tracker.uri=sqlite:///x.db", "tracker.experiment=e"]))
+    assert isinstance(sent, MlflowSweep) and (sent.uri, sent.experiment) == ("sqlite:///x.db", "e")
+    target = ["tracker._target_=own_trackers.OwnMlflow", "+tracker.colour=blue", "+tracker.uri=sqlite:///y.db"]
+    sent = sweep_tracker(config.compose([*own, *target]))
+    assert isinstance(sent, MlflowSweep) and (sent.uri, sent.experiment) == ("sqlite:///y.db", "nai_xl")
+    with pytest.raises(UserError, match=r"own_trackers\.function cannot be swept; derive it from .*NoTracker"):
+        sweep_tracker(config.compose([*own, "tracker._target_=own_trackers.function"]))
+
+
+def test_an_arm_whose_record_is_damaged_is_trained(
+    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f"data.dir={images}", "name=one", "run.max_images=2"]
+    path = config.run_dir(config.compose([*SMALL, *command]), {})
+    path.mkdir(parents=True)
+    (path / "arm.json").write_text('{"sweep": "s", "arm": {')
+    assert sweep(monkeypatch, *command, "sweep.name=s") == 0
+    (arm,) = by_arm(folder).values()
+    assert (arm, arm.sweep, arm.status, arm.steps) == (read_arm(path), "s", "FINISHED", 1)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_arms_that_would_be_one_run_are_refused(
     folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,7 +399,7 @@ class Calls:
         self.now: set[int] = set()
 
     def begun(self, running: Running) -> None:
-        assert running.slot not in self.now, "two tasks in one slot"
+        assert running.slot not in self.now, "two programs in one slot"
         self.now.add(running.slot)
         self.most = max(self.most, len(self.now))
 
@@ -360,40 +411,40 @@ class Calls:
         pass
 
 
-def python(code: str, log: Path) -> Task:
-    return Task([sys.executable, "-c", code], log)
+def python(code: str, log: Path) -> Program:
+    return Program([sys.executable, "-c", code], log)
 
 
-def test_tasks_share_slots_and_add_to_their_logs(tmp_path: Path) -> None:
+def test_programs_share_slots_and_add_to_their_logs(tmp_path: Path) -> None:
     say = "import os, sys, time; time.sleep(0.2); print(os.environ['PLACE']); sys.exit({})"
-    tasks = [python(say.format(number), tmp_path / f"{number}.txt") for number in range(5)]
+    programs = [python(say.format(number), tmp_path / f"{number}.txt") for number in range(5)]
     (tmp_path / "0.txt").write_text("before\n")
     calls = Calls()
     places = [{"PLACE": "left"}, {"PLACE": "right"}]
     quiet = SimpleNamespace(asked=False)
-    assert run_all(tasks, places, quiet, begun=calls.begun, ended=calls.ended, watch=calls.watch) == 5
+    assert run_all(programs, places, quiet, begun=calls.begun, ended=calls.ended, watch=calls.watch) == 5
     assert calls.ends == {number: number for number in range(5)} and calls.most == 2
     assert (tmp_path / "0.txt").read_text() == "before\nleft\n"
 
 
-def test_a_second_interruption_ends_tasks_and_their_children_at_once(tmp_path: Path) -> None:
+def test_a_second_interruption_ends_programs_and_their_children_at_once(tmp_path: Path) -> None:
     deaf = "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     child = "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); print(p.pid, flush=True); "
-    task = python(f"{deaf}{child}time.sleep(600)", tmp_path / "log.txt")
+    program = python(f"{deaf}{child}time.sleep(600)", tmp_path / "log.txt")
     calls, stop = Calls(), SimpleNamespace(asked=False)
 
     def watch(running: Any) -> None:
         if stop.asked:
             assert all(one.asked for one in running)
             raise KeyboardInterrupt
-        stop.asked = bool(task.log.read_text())
+        stop.asked = bool(program.log.read_text())
 
     with pytest.raises(KeyboardInterrupt):
-        run_all([task, task], [{}], stop, begun=calls.begun, ended=calls.ended, watch=watch)
+        run_all([program, program], [{}], stop, begun=calls.begun, ended=calls.ended, watch=watch)
     assert calls.ends == {0: -9}
     with pytest.raises(psutil.NoSuchProcess):
-        psutil.Process(int(task.log.read_text())).wait(timeout=10)  # soon, where it is not so already
-        psutil.Process(int(task.log.read_text()))
+        psutil.Process(int(program.log.read_text())).wait(timeout=10)  # soon, where it is not so already
+        psutil.Process(int(program.log.read_text()))
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from nai_xl import sync
 from nai_xl.errors import UserError
 from nai_xl.tracker.jsonl import JsonlTracker
-from nai_xl.tracker.mlflow.delivery import Progress
-from nai_xl.tracker.mlflow.sweep import begin_sweep, compare_line, end_sweep, log_summary
+from nai_xl.tracker.mlflow.delivery import Progress, send
+from nai_xl.tracker.mlflow.sweep import MlflowSweep, compare_line, log_summary
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def arm(folder: Path, uri: str, sweep: str, loss: str) -> Path:
     with JsonlTracker(folder) as tracker:
         tracker.params({"loss": loss, "run.seed": 0}, {"seed": "0"})
         tracker.log(1, {"val/loss": 1.0})
-    sync.sync(folder, uri)
+    send(folder, uri)
     return folder
 
 
@@ -71,7 +70,7 @@ def test_summary_for_a_store_that_is_not_there_names_the_override(tmp_path: Path
 
 
 def test_the_view_of_a_sweep_finds_its_arms_and_columns_that_they_have(uri: str, tmp_path: Path) -> None:
-    lines = begin_sweep("losses", "Which loss?", ["loss"], ["val/loss"], uri=uri)
+    lines = MlflowSweep(uri=uri).begin("losses", "Which loss?", ["loss"], ["val/loss"])
     folders = [arm(tmp_path / loss, uri, "losses", loss) for loss in ("uniform", "minsnr")]
     arm(tmp_path / "else", uri, "another", "uniform")
     assert f"mlflow ui --backend-store-uri {uri}" in lines[0]
@@ -94,17 +93,17 @@ def test_the_view_of_a_sweep_finds_its_arms_and_columns_that_they_have(uri: str,
 
 def test_a_sweep_whose_store_is_not_there_names_the_override() -> None:
     with pytest.raises(UserError, match=r"tracker\.uri"):
-        begin_sweep("a", "b", [], [], uri="sqlite:////proc/none/x.db")
+        MlflowSweep(uri="sqlite:////proc/none/x.db").begin("a", "b", [], [])
 
 
 def test_an_arm_of_two_sweeps_is_found_in_both(uri: str, tmp_path: Path) -> None:
-    begin_sweep("first", "", ["loss"], [], uri=uri)
+    MlflowSweep(uri=uri).begin("first", "", ["loss"], [])
     shared = arm(tmp_path / "shared", uri, "first", "uniform")
-    begin_sweep("second", "", ["loss"], [], uri=uri)
+    MlflowSweep(uri=uri).begin("second", "", ["loss"], [])
     content = json.loads((shared / "arm.json").read_text())
     sweeps = {"first": content["arm"], "second": content["arm"]}
     (shared / "arm.json").write_text(json.dumps(content | {"sweep": "second", "sweeps": sweeps}))
-    end_sweep([shared])
+    MlflowSweep().end([shared])
     experiment = MlflowClient(tracking_uri=uri).get_experiment_by_name("nai_xl")
     for sweep in ("first", "second"):
         view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep}"])
@@ -113,12 +112,12 @@ def test_an_arm_of_two_sweeps_is_found_in_both(uri: str, tmp_path: Path) -> None
 
 
 def test_the_view_opens_at_the_last_step_at_which_all_arms_have_pictures(uri: str, tmp_path: Path) -> None:
-    begin_sweep("painted", "", ["loss"], [], uri=uri)
+    MlflowSweep(uri=uri).begin("painted", "", ["loss"], [])
     folders = [arm(tmp_path / loss, uri, "painted", loss) for loss in ("uniform", "minsnr", "edm")]
     for folder, steps in zip(folders, ((10, 20, 30), (10, 20), ()), strict=True):
         for step in steps:
             JsonlTracker(folder).figure("samples", step, Image.new("RGB", (8, 8)))
-    end_sweep(folders)
+    MlflowSweep().end(folders)
     tags = MlflowClient(tracking_uri=uri).get_experiment_by_name("nai_xl").tags
     cards = json.loads(tags["mlflow.sharedViewState.painted"])["compareRunCharts"]
     pictures = [card for card in cards if card["type"] == "IMAGE"]
@@ -134,9 +133,9 @@ def test_parallel_coordinates_have_the_params_and_metrics_that_are_in_all_arms(u
         return next(card for card in cards if card["type"] == "PARALLEL")
 
     metrics = ["val/loss", "val/x0_loss"]
-    begin_sweep("gammas", "", ["loss", "loss.gamma", "run.seed"], metrics, shared=["loss"], uri=uri)
+    MlflowSweep(uri=uri).begin("gammas", "", ["loss", "loss.gamma", "run.seed"], metrics, shared=["loss"])
     assert (chart()["selectedParams"], chart()["selectedMetrics"]) == (["loss"], ["val/x0_loss", "val/loss"])
-    end_sweep([arm(tmp_path / loss, uri, "gammas", loss) for loss in ("uniform", "minsnr")])
+    MlflowSweep().end([arm(tmp_path / loss, uri, "gammas", loss) for loss in ("uniform", "minsnr")])
     assert (chart()["selectedParams"], chart()["selectedMetrics"]) == (["loss"], ["val/loss"])
 
 
@@ -144,12 +143,12 @@ def test_arms_that_could_not_tell_how_they_ended_are_told_once(uri: str, tmp_pat
     killed, never, stopped = (tmp_path / name for name in ("killed", "never", "stopped"))
     note(killed, "lost", "uniform")
     JsonlTracker(killed).__enter__()
-    sync.sync(killed, uri)
+    send(killed, uri)
     for folder in (killed, never):
         note(folder, "lost", "uniform", "FAILED", "killed by signal 9")
     note(stopped, "lost", "uniform", "STOPPED")
     for _ in range(2):
-        (line,) = end_sweep([killed, never, stopped], uri=uri)
+        (line,) = MlflowSweep(uri=uri).end([killed, never, stopped])
     assert json.loads(split(line)[2]["runs"][0]) == [run_id(killed), run_id(never)]
     for folder in (killed, never):
         run = MlflowClient(tracking_uri=uri).get_run(run_id(folder))
@@ -161,8 +160,18 @@ def test_arms_that_could_not_tell_how_they_ended_are_told_once(uri: str, tmp_pat
 def test_end_of_a_sweep_with_the_store_away_names_the_way_to_send_it_later(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     note(folder, "lost", "uniform", "FAILED", "why")
-    lines = end_sweep([folder], uri="sqlite:////proc/none/x.db")
+    lines = MlflowSweep(uri="sqlite:////proc/none/x.db").end([folder])
     assert lines == [f"MLflow does not answer; when it does: python -m nai_xl.sync {folder}"]
+
+
+def test_an_arm_whose_record_is_damaged_is_named_and_keeps_no_other_one_back(uri: str, tmp_path: Path) -> None:
+    folders = [arm(tmp_path / loss, uri, "damage", loss) for loss in ("uniform", "minsnr")]
+    (folders[0] / "arm.json").write_text("{")
+    note(folders[1], "damage", "minsnr", "FAILED", "why")
+    JsonlTracker(folders[1]).__enter__()
+    line, error = MlflowSweep(uri=uri).end(folders)
+    assert error.startswith(f"error: {folders[0] / 'arm.json'} is damaged") and line.startswith("compare")
+    assert MlflowClient(tracking_uri=uri).get_run(run_id(folders[1])).info.status == "FAILED"
 
 
 def test_the_page_of_comparison_names_the_arms(uri: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from nai_xl import sync
 from nai_xl.record.journal import note_end
 from nai_xl.tracker.jsonl import JsonlTracker
-from nai_xl.tracker.mlflow.delivery import Delivery, Progress
+from nai_xl.tracker.mlflow.delivery import Delivery, Progress, send
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def test_a_run_made_without_mlflow_is_sent_where_it_is_told(
 
 def test_the_end_of_a_killed_run_and_its_place_in_another_sweep_are_told(uri: str, tmp_path: Path) -> None:
     folder = told(tmp_path / "one", 1)
-    sync.sync(folder, uri)
+    send(folder, uri)
     note_end(folder, "FAILED", "killed by signal 9")
     (folder / "arm.json").write_text(json.dumps({"sweep": "second", "arm": {"loss": "minsnr"}, "seed": 0}))
-    sync.sync(folder)
+    send(folder)
     progress = Progress.read(folder)
     assert progress
     run = MlflowClient(tracking_uri=uri).get_run(progress.run_id)
@@ -92,10 +92,14 @@ def test_one_run_that_cannot_be_sent_keeps_no_other_back(
     bad, good = told(tmp_path / "bad", 1), told(tmp_path / "good", 1)
     Delivery(bad, "sqlite:////proc/none/x.db", "nai_xl")
     Delivery(good, uri, "nai_xl")
-    assert call(monkeypatch, tmp_path / "missing", bad, good) == 1
+    damaged = told(tmp_path / "damaged", 1)
+    Delivery(damaged, uri, "nai_xl")
+    (damaged / "arm.json").write_text('{"sweep": "s"')
+    assert call(monkeypatch, tmp_path / "missing", bad, damaged, good) == 1
     assert history(uri, good) == [(1, 1 / 3)]
     told_errors = capsys.readouterr().err
     assert f"error: {bad}: " in told_errors and f"error: {tmp_path / 'missing'}: no such directory" in told_errors
+    assert f"error: {damaged}: {damaged / 'arm.json'} is damaged" in told_errors
 
 
 def test_nothing_to_do_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from nai_xl.compare.arms import ArmRuns
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.figures.canvas import INK, Drawn
 from nai_xl.evals.contact_sheet import CAPTION_HEIGHT, cells
+from nai_xl.record.run_dir import RunDirectory
 
 PROMPTS_SHOWN = 6
 SAMPLE_HEIGHTS = (256, 512)  # pixels of an image, least and most
@@ -21,7 +22,7 @@ SAMPLE_HEIGHTS = (256, 512)  # pixels of an image, least and most
 def last_sheet(arm: ArmRuns, seed: int) -> Image.Image | None:
     """The last sample grid of one run; None without any."""
     run = arm.runs.get(seed)
-    grids = sorted((run.path / "samples").glob("step_*.png")) if run is not None and run.path is not None else []
+    grids = RunDirectory(run.path).newest_samples() if run is not None and run.path is not None else []
     if not grids:
         return None
     with Image.open(grids[-1]) as image:

@@ -1,9 +1,8 @@
-"""Brings the record of a run directory to MLflow: everything, once, in however many attempts.
+"""Brings the record of a run directory to MLflow: all of it, once, in however many attempts.
 
-How far it is stands in <run>/mlflow.json, moved on only after the store has answered. What is sent again because an
-answer was lost changes nothing: a metric is known to MLflow's database by (run, name, step, time, value), its primary
-key, and all of these stand in the record; pictures and files have names of their own; tags and params are set, not
-added.
+<run>/mlflow.json says how much has arrived, and is written only after the store has answered. A row whose answer was
+lost is sent again, which changes nothing. A metric's primary key in MLflow's database is (run, name, step, time,
+value), and the record has all of these; pictures and files have fixed names; tags and params are set, not added.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import re
 import tempfile
 import uuid
@@ -26,16 +24,15 @@ from filelock import FileLock
 from PIL import Image
 
 from nai_xl.files import write_atomically
-from nai_xl.record.arm import read_arm
 from nai_xl.record.config import read_params
 from nai_xl.record.journal import metrics_of, outbox_of
 from nai_xl.tracker.mlflow.store import open_store
+from nai_xl.tracker.mlflow.words import VALUE_LENGTH, arm_tags, metrics_in, valid_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
 
-KEY_LENGTH, VALUE_LENGTH = 250, 6000  # characters of a name and of a param in MLflow
 PARAMS_PER_REQUEST, METRICS_PER_REQUEST = 100, 1000
 THUMBNAIL = 256  # pixels of the longer edge of the small copies that MLflow's charts show
 LOCK_SECONDS = 60
@@ -45,11 +42,11 @@ RENAMED = {"git_commit": "mlflow.source.git.commit"}  # tags for which MLflow ha
 
 @dataclass
 class Progress:
-    """Where a run directory's record goes, and how much of it has arrived."""
+    """The content of mlflow.json: where a run's record goes, and how much of it has arrived."""
 
     uri: str
     experiment: str
-    token: str  # the record's own name, older than its run: finds one whose creation was not answered, or sent earlier
+    token: str  # made before the run and stored as its tag: finds a run whose creation was not confirmed
     experiment_id: str = ""
     run_id: str = ""
     metrics: int = 0  # bytes of metrics.jsonl
@@ -57,7 +54,7 @@ class Progress:
 
     @classmethod
     def read(cls, run_dir: Path) -> Progress | None:
-        """None where nothing was ever to be sent."""
+        """None where the record was not meant for MLflow, or mlflow.json is damaged and all is to be sent again."""
         try:
             return cls(**json.loads((run_dir / "mlflow.json").read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -69,7 +66,7 @@ class Progress:
 
 
 class Delivery:
-    """One run directory on its way to one store. A directory that was sent elsewhere before is sent anew, whole."""
+    """Sends one run directory to one store. All of the record is sent when it went to another store before."""
 
     def __init__(self, run_dir: Path, uri: str, experiment: str):
         self.run_dir, self.uri, self.experiment = run_dir, uri, experiment
@@ -83,18 +80,21 @@ class Delivery:
             self.progress = known
 
     def waiting(self) -> int:
-        """Rows of the record that the store does not have yet."""
+        """How many rows of the record the store does not have yet."""
         progress = Progress.read(self.run_dir) or self.progress
         return sum(1 for _ in self.metrics.after(progress.metrics)) + sum(1 for _ in self.outbox.after(progress.outbox))
 
     def open(self) -> None:
-        """Find or create the run in the store. Raises MlflowException or OSError when the store does not answer."""
+        """Find or create the run in the store. Raises MlflowException or OSError when the store does not answer, and
+        Damaged for arm.json.
+        """
         with self._locked():
             self._open()
 
     def deliver(self) -> int:
-        """Send what waits; the number of rows sent. Raises MlflowException or OSError, after which what was not sent
-        still waits.
+        """Send the rows that the store does not have yet. Returns how many were sent.
+
+        Raises what `open` raises; what was not sent is still waiting then.
         """
         with self._locked():
             client = self.client or self._open()
@@ -102,7 +102,7 @@ class Delivery:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone with mlflow.json: a run that trains and one who sends its record by hand take turns."""
+        """Hold mlflow.json: the run itself and `nai_xl.sync` take turns."""
         with FileLock(str(self.run_dir / ".mlflow.lock"), timeout=LOCK_SECONDS):
             if known := Progress.read(self.run_dir):
                 self.progress = known
@@ -119,7 +119,7 @@ class Delivery:
         return client
 
     def _known(self, client: MlflowClient) -> Run | None:
-        """This record's run; None if the store has none, and then all of the record is still to be sent."""
+        """This record's run; None if the store has none, so that all of the record is still to be sent."""
         from mlflow.exceptions import MlflowException
 
         run_id = self.progress.run_id
@@ -151,14 +151,14 @@ class Delivery:
         return run
 
     def _describe(self, client: MlflowClient, run: Run) -> None:
-        """Name and tags by the run's place in its sweep, where it has one."""
+        """Set the name and the tags that an arm of a sweep has."""
         self._tag(client, {k: v for k, v in arm_tags(self.run_dir).items() if run.data.tags.get(k) != v})
 
     def _tag(self, client: MlflowClient, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         if tags:
-            rows = [RunTag(_name(key), str(value)) for key, value in tags.items()]
+            rows = [RunTag(valid_name(key), str(value)) for key, value in tags.items()]
             client.log_batch(self.progress.run_id, tags=rows, synchronous=True)
 
     # --- numbers ------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Delivery:
     def _send_metrics(self, client: MlflowClient) -> int:
         sent = 0
         for rows in _portions(self.metrics.after(self.progress.metrics)):
-            metrics = [metric for _, row in rows for metric in _metrics(row)]
+            metrics = [metric for _, row in rows for metric in metrics_in(row)]
             for start in range(0, len(metrics), METRICS_PER_REQUEST):
                 part = metrics[start : start + METRICS_PER_REQUEST]
                 client.log_batch(self.progress.run_id, metrics=part, synchronous=True)
@@ -194,24 +194,26 @@ class Delivery:
         return sent
 
     def _send_params(self, client: MlflowClient, row: Mapping[str, Any]) -> None:
-        """Those that MLflow does not have: it refuses to change one, and what may change when a run is continued is
-        not worth a new run.
+        """Send the params that MLflow does not have yet. It refuses to change one, and the few params that may change
+        when a run is continued are not worth a new run.
         """
         from mlflow.entities import Param
 
         given = read_params(self.run_dir).params
         known = client.get_run(self.progress.run_id).data.params
-        named = {_name(key): str(value)[:VALUE_LENGTH] for key, value in given.items()}
+        named = {valid_name(key): str(value)[:VALUE_LENGTH] for key, value in given.items()}
         missing = [Param(key, value) for key, value in named.items() if key not in known]
         for start in range(0, len(missing), PARAMS_PER_REQUEST):
             part = missing[start : start + PARAMS_PER_REQUEST]
             client.log_batch(self.progress.run_id, params=part, synchronous=True)
 
     def _send_figure(self, client: MlflowClient, row: Mapping[str, Any]) -> None:
-        """As MlflowClient.log_image does, whose files have random names: sent twice, they would be two pictures."""
+        """What MlflowClient.log_image does, with a fixed file name: log_image draws one at random, and a picture sent
+        twice would be two.
+        """
         path = self.run_dir / row["file"]
         if not path.is_file():
-            return  # a person has tidied up
+            return  # removed by a person
         key = re.sub(r"[^\w\-. ~]", "_", row["name"].replace("/", "~"))
         own = uuid.uuid5(uuid.UUID(self.progress.token), f"{row['name']} {row['step']}")
         name = f"{key}+step+{row['step']}+timestamp+{row['time']}+{own}"
@@ -242,48 +244,30 @@ class Delivery:
             client.set_terminated(run_id, row["status"], end_time=int(row["time"]))
 
 
-# --- words of the record in words of MLflow ---------------------------------------------------------------------------
+def send(run_dir: Path, uri: str | None = None, experiment: str | None = None) -> int:
+    """Send a run's record to the store it was meant for, or to `uri`. Returns how many rows were sent.
 
-
-def arm_tags(run_dir: Path) -> dict[str, str]:
-    """The tags that a run has as an arm of a sweep: sweep, seed, the varied keys and a name of the values alone; of
-    earlier sweeps that it is an arm of, membership. {} outside of sweeps.
+    Raises FileNotFoundError when there is no such run or no store is named, and what Delivery.open raises.
     """
-    arm = read_arm(run_dir)
-    if arm is None or not arm.sweep:
-        return {}
-    varied = {str(key): str(value) for key, value in arm.arm.items()}
-    name = " ".join([*(_short(key, value) for key, value in varied.items()), f"s{arm.seed}"])
-    sweeps = dict.fromkeys(map(member_tag, [*arm.sweeps, arm.sweep]), "arm")
-    return {**varied, "sweep": arm.sweep, "seed": str(arm.seed), "mlflow.runName": name, **sweeps}
+    if not run_dir.is_dir():
+        raise FileNotFoundError("no such directory")
+    meant = Progress.read(run_dir)
+    uri, experiment = uri or (meant.uri if meant else None), experiment or (meant.experiment if meant else "nai_xl")
+    if uri is None:
+        raise FileNotFoundError("it was not meant for MLflow; --uri says where to send it")
+    delivery = Delivery(run_dir, uri, experiment)
+    delivery.open()  # name and tags may have changed even if no row waits
+    return delivery.deliver()
 
 
-def member_tag(sweep: str) -> str:
-    """A tag that every arm of a sweep keeps, also when it becomes an arm of another one; not shown in the tables."""
-    return _name(f"mlflow.nai_xl.sweep.{sweep}")
-
-
-def _short(key: str, value: str) -> str:
-    """'ztsnr' of a group's option, 'lr=0.001' of a value."""
-    return f"{key.rpartition('.')[2]}={value}" if "." in key else value.strip("[]").replace(",", "+")
-
-
-def _name(key: str) -> str:
-    """A name that MLflow takes: letters, digits and _-. :/"""
-    return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)[:KEY_LENGTH]
-
-
-def _metrics(row: Mapping[str, Any]) -> Iterator[Metric]:
-    """A row's values. Without infinity, which MLflow reads back as 1.8e308: that ruins a chart."""
-    from mlflow.entities import Metric
-
-    for name, value in row.items():
-        if name not in ("step", "time") and math.isfinite(value):
-            yield Metric(_name(name), value, int(row["time"]), int(row["step"]))
+def runs_in(outputs: Path, *, meant_for_mlflow: bool) -> list[Path]:
+    """The run directories in `outputs`: all of them, or those whose tracker was MLflow."""
+    found = sorted(path.parent for path in outputs.glob("*/metrics.jsonl"))
+    return [path for path in found if Progress.read(path)] if meant_for_mlflow else found
 
 
 def _portions(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Rows in lists of about a request each, so that long waiting ones are not sent all over again after an error."""
+    """Rows in lists of about one request each, so that an error makes only one list be sent again."""
     portion: list[tuple[int, dict[str, Any]]] = []
     values = 0
     for row in rows:
@@ -299,5 +283,5 @@ def _portions(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[list[tuple
 def _user() -> str:
     try:
         return getuser()
-    except (KeyError, OSError):  # a container's user without an entry in passwd
+    except (KeyError, OSError):  # in a container, the user may have no entry in passwd
         return "unknown"

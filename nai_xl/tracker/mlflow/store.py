@@ -1,4 +1,4 @@
-"""A store of MLflow: opened safely by several processes at once, and where its pages show what."""
+"""A store of MLflow: how to open it, safely in several processes at once, and the addresses of its pages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 UI = "http://127.0.0.1:5000"  # where a plain `mlflow ui` serves
-# MLflow's pages open as those for language models until a person switches: neither the database nor the tag
-# mlflow.experimentKind decides, only this part of the address (or what the browser remembers of the switch)
+# MLflow's pages open as those for language models until a person switches. Neither the database nor the tag
+# mlflow.experimentKind decides that, only this part of the address, or the switch that the browser remembers.
 KIND = "workflowType=machine_learning"
 
 
@@ -30,8 +30,8 @@ def default_uri() -> str:
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client of the store, and the id of `experiment`, which is created if missing.
 
-    Several processes that open a missing database at once corrupt its first migration, so they take turns; the same
-    for creating the experiment. Raises MlflowException or OSError when the store does not answer.
+    Several processes that open a missing database at once would corrupt its first migration, or create the experiment
+    twice, so they take turns. Raises MlflowException or OSError when the store does not answer.
     """
     from mlflow import MlflowClient
 
@@ -43,7 +43,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock"):
         client = MlflowClient(tracking_uri=uri)
-        # without a location of its own, MLflow's artifacts would follow the working directory of the reader
+        # without this location, MLflow would look for artifacts in the working directory of whoever reads them
         return client, _experiment_id(client, experiment, (database.parent / "mlruns").as_uri())
 
 
@@ -53,7 +53,7 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     try:
-        # the kind says what the runs are, to MLflow and to readers of its tables
+        # tells MLflow and readers of its tables that the runs train a model
         kind = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(name, artifact_location=location, tags=kind))
     except MlflowException as error:
@@ -63,7 +63,7 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
 
 
 def _quiet() -> None:
-    """MLflow tells every database migration, and would try a dead server for minutes."""
+    """Keep MLflow from logging every database migration, and from trying a dead server for minutes."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -74,7 +74,7 @@ def _quiet() -> None:
 
 
 def how_to_serve(uri: str) -> str:
-    """The command after which the addresses below can be opened; "" for a store that is a server already."""
+    """The command that serves the pages below; "" for a store that is a server already."""
     if uri.startswith("http"):
         return ""
     return "mlflow ui" if uri == default_uri() else f"mlflow ui --backend-store-uri {uri}"
@@ -89,13 +89,13 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def view_page(uri: str, experiment_id: str, view: str, *, charts: bool) -> str:
-    """The table of runs, or their curves and pictures, as a view that was stored under this name arranges them."""
+    """The table of runs, or with `charts` their curves and pictures, arranged by the view of this name."""
     mode = "&compareRunsMode=CHART" if charts else ""
     return f"{_page(uri)}/experiments/{experiment_id}/runs?{KIND}{mode}&viewStateShareKey={quote(view, safe='')}"
 
 
 def compare_page(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Runs side by side: their params, last values and how one goes with the other."""
+    """Runs side by side: their params, last values, and plots of one against another."""
     runs = quote(json.dumps(list(run_ids), separators=(",", ":")), safe="")
     experiments = quote(json.dumps([experiment_id]), safe="")
     # this page does not find `runs` unless it comes first

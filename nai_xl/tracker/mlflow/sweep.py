@@ -2,177 +2,93 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nai_xl.errors import UserError, one_line
 from nai_xl.record.arm import read_arm
-from nai_xl.record.journal import metrics_of, note_end, now, outbox_of
-from nai_xl.tracker.mlflow.delivery import Delivery, Progress, member_tag
+from nai_xl.record.journal import note_end, now, outbox_of
+from nai_xl.record.json_file import Damaged
+from nai_xl.tracker.mlflow.delivery import Delivery, Progress
 from nai_xl.tracker.mlflow.store import compare_page, default_uri, how_to_serve, open_store, run_page, view_page
+from nai_xl.tracker.mlflow.view import fitted, view, view_tag
+from nai_xl.tracker.sweep import SweepTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-PICTURES = "Model metrics"  # the pages' own group of charts, where pictures are
-CHOICES = "choices against results"
 ENDS = {"FAILED": "FAILED", "STOPPED": "KILLED"}  # words of arm.json -> words of MLflow
 NOTE = "mlflow.note.content"  # MLflow's description of a run or an experiment, in Markdown
 NOTE_LENGTH, METRICS_PER_REQUEST = 8000, 1000
 
 
-def begin_sweep(
-    sweep: str,
-    question: str,
-    keys: Sequence[str],
-    metrics: Sequence[str],
-    *,
-    shared: Sequence[str] = (),
-    uri: str | None = None,
-    experiment: str = "nai_xl",
-) -> list[str]:
-    """To be called before the arms start: makes the store, adds the question to the experiment's description, and
-    stores a view of this sweep that shows the varied `keys` and the compared `metrics` first; `shared` are those of
-    the keys that every arm has, whatever its value. Returns lines that tell a person where to watch.
+class MlflowSweep(SweepTracker):
+    """Shows the sweep on MLflow's pages as a view of its own, and sends what its arms could not send themselves."""
 
-    Raises UserError when the store does not answer.
-    """
-    uri = uri or default_uri()
-    with _answering(uri):
-        client, experiment_id = open_store(uri, experiment)
-        _ask(client, experiment_id, sweep, question)
-        view = json.dumps(_view(sweep, keys, metrics, shared))
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{sweep}", view)
-    serve = how_to_serve(uri)
-    return [
-        *([f"MLflow       {serve}   (experiment {experiment})"] if serve else []),
-        f"arms         {view_page(uri, experiment_id, sweep, charts=False)}",
-        f"curves       {view_page(uri, experiment_id, sweep, charts=True)}",
-    ]
+    def __init__(self, *, uri: str | None = None, experiment: str = "nai_xl"):
+        self.uri, self.experiment = uri or default_uri(), experiment
 
+    def begin(
+        self, sweep: str, question: str, keys: Sequence[str], metrics: Sequence[str], *, shared: Sequence[str] = ()
+    ) -> list[str]:
+        """Makes the store, adds the question to the experiment's description, and stores the sweep's view.
 
-def compare_line(run_dirs: Iterable[Path]) -> list[str]:
-    """Where MLflow compares these arms; nothing where no arm has got there."""
-    arms = [progress for progress in map(Progress.read, run_dirs) if progress and progress.run_id]
-    together = [arm for arm in arms if (arm.uri, arm.experiment_id) == (arms[0].uri, arms[0].experiment_id)]
-    if not together:
-        return []
-    return [f"compare      {compare_page(arms[0].uri, arms[0].experiment_id, [arm.run_id for arm in together])}"]
+        Raises UserError when the store does not answer.
+        """
+        with _answering(self.uri):
+            client, experiment_id = open_store(self.uri, self.experiment)
+            _ask(client, experiment_id, sweep, question)
+            client.set_experiment_tag(experiment_id, view_tag(sweep), view(sweep, keys, metrics, shared))
+        serve = how_to_serve(self.uri)
+        return [
+            *([f"MLflow       {serve}   (experiment {self.experiment})"] if serve else []),
+            f"arms         {view_page(self.uri, experiment_id, sweep, charts=False)}",
+            f"curves       {view_page(self.uri, experiment_id, sweep, charts=True)}",
+        ]
 
+    def end(self, run_dirs: Sequence[Path]) -> list[str]:
+        """Sends what MLflow still lacks of the arms. Arms that could not say themselves that they failed are marked as
+        failed, and arms that were trained for an earlier sweep are counted to this one too. The lines say where MLflow
+        compares the arms, or what to do when it does not answer.
+        """
+        from mlflow.exceptions import MlflowException
 
-def _view(sweep: str, keys: Sequence[str], metrics: Sequence[str], shared: Sequence[str]) -> dict[str, Any]:
-    """What MLflow's pages keep when a person shares a view: which runs, columns and groups of charts, in which order.
-    Charts that are not named here are added by the pages themselves.
-    """
-    columns = ["attributes.`Duration`", *(f"params.`{key}`" for key in dict.fromkeys([*keys, "run.seed"]))]
-    compared = list(metrics) or ["train/loss"]
-    own = (name.rpartition("/")[0] for name in compared if "/" in name)
-    groups = dict.fromkeys([CHOICES, *own, PICTURES, "train", "perf"])
-    heights = {CHOICES: 420, PICTURES: 700}  # of the charts that take the whole width
-    return {
-        "searchFilter": f"tags.`{member_tag(sweep)}` = 'arm'",
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": True,
-        "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in compared)],
-        "runsHiddenMode": "SHOW_ALL",  # without it, charts leave out every arm after the tenth
-        "compareRunCharts": [_choices(shared, compared), *map(_pictures, ("samples", "method"))],
-        "compareRunSections": [
-            {
-                "uuid": name,
-                "name": name,
-                "display": name != "perf",  # perf is there, folded up
-                "isReordered": False,
-                "deleted": False,
-                **({"columns": 1, "cardHeight": heights[name]} if name in heights else {}),
-            }
-            for name in groups
-        ],
-        "isAccordionReordered": True,  # else the groups are sorted by name
-    }
+        unsent: list[str] = []
+        damaged: list[str] = []
+        last: Delivery | None = None
+        for run_dir in run_dirs:
+            try:
+                last = self._sent(run_dir) or last
+            except (MlflowException, OSError):
+                unsent.append(str(run_dir))
+            except Damaged as error:
+                damaged.append(f"error: {error}")
+        if last:
+            with suppress(MlflowException, OSError):  # the view's looks are not worth an error
+                _fit_view(last, run_dirs)
+        lines = [*compare_line(run_dirs), *damaged]
+        if unsent:
+            lines.append(f"MLflow does not answer; when it does: python -m nai_xl.sync {' '.join(unsent)}")
+        return lines
 
-
-def _choices(keys: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    """Parallel coordinates of what was varied and is compared; MLflow alone takes the first three params by name.
-    It leaves out a run that lacks one of them, or a metric. The last axis gives the lines their colour: the metric that
-    was named first.
-    """
-    card = {"type": "PARALLEL", "uuid": CHOICES, "metricSectionId": CHOICES, "deleted": False, "isGenerated": True}
-    return {**card, "selectedParams": list(keys), "selectedMetrics": [*reversed(metrics)], "showAllRuns": True}
-
-
-def _pictures(name: str) -> dict[str, Any]:
-    """A chart of the arms' pictures side by side, without all the params that MLflow would write above each."""
-    card = {"type": "IMAGE", "uuid": name, "metricSectionId": PICTURES, "imageKeys": [name], "step": 0}
-    return {**card, "showRunParams": False, "deleted": False, "isGenerated": True}
-
-
-def end_sweep(run_dirs: Sequence[Path], *, uri: str | None = None, experiment: str = "nai_xl") -> list[str]:
-    """To be called after the arms have ended: what of them MLflow still lacks is sent, arms that could not do so
-    themselves are told as failed, and arms that were trained for an earlier sweep are counted to this one, too. Returns
-    lines for a person: where MLflow compares the arms, or what to do when it does not answer.
-    """
-    from mlflow.exceptions import MlflowException
-
-    failed: list[str] = []
-    last: Delivery | None = None
-    for run_dir in run_dirs:
-        known = _note_lost_end(run_dir)
-        if not known:
-            continue
+    def _sent(self, run_dir: Path) -> Delivery | None:
+        """Send what waits of one arm; None for an arm that has nothing to send."""
+        if not _note_lost_end(run_dir):
+            return None
         meant = Progress.read(run_dir)
-        delivery = Delivery(
-            run_dir, meant.uri if meant else uri or default_uri(), meant.experiment if meant else experiment
-        )
-        try:
-            delivery.open()
-            delivery.deliver()
-            last = delivery
-        except (MlflowException, OSError):
-            failed.append(str(run_dir))
-    if last and (arm := read_arm(last.run_dir)) and arm.sweep:
-        with suppress(MlflowException, OSError):  # a matter of looks
-            _fit_view(last, arm.sweep, run_dirs)
-    lines = compare_line(run_dirs)
-    if failed:
-        lines.append(f"MLflow does not answer; when it does: python -m nai_xl.sync {' '.join(failed)}")
-    return lines
-
-
-def _fit_view(delivery: Delivery, sweep: str, run_dirs: Sequence[Path]) -> None:
-    """Let the sweep's view show what all arms have: pictures of the last step at which every arm has painted (MLflow
-    itself opens at step 0, where samples have none), and metrics that every arm has which has any of them.
-    """
-    if delivery.client is None:
-        return
-    experiment_id, key = delivery.progress.experiment_id, f"mlflow.sharedViewState.{sweep}"
-    stored = delivery.client.get_experiment(experiment_id).tags.get(key)
-    if not stored:
-        return
-    view = json.loads(stored)
-    measured = [{name for row in metrics_of(run_dir).rows() for name in row} for run_dir in run_dirs]
-    for card in view["compareRunCharts"]:
-        if card["type"] == "PARALLEL":
-            asked = set(card["selectedMetrics"])
-            common = asked.intersection(*(names for names in measured if names & asked))
-            card["selectedMetrics"] = [name for name in card["selectedMetrics"] if name in common]
-        else:
-            painted = [_steps(run_dir, card["imageKeys"][0]) for run_dir in run_dirs]
-            card["step"] = max(set.intersection(*filter(None, painted)) if any(painted) else (), default=0)
-    delivery.client.set_experiment_tag(experiment_id, key, json.dumps(view))
-
-
-def _steps(run_dir: Path, name: str) -> set[int]:
-    rows = outbox_of(run_dir).rows()
-    return {int(row["step"]) for row in rows if row["kind"] == "figure" and row["name"] == name}
+        uri, experiment = (meant.uri, meant.experiment) if meant else (self.uri, self.experiment)
+        delivery = Delivery(run_dir, uri, experiment)
+        delivery.open()
+        delivery.deliver()
+        return delivery
 
 
 def _note_lost_end(run_dir: Path) -> bool:
-    """Bring into an arm's record what arm.json alone knows: that it failed or was killed. False for one that never
-    began and did not fail.
+    """Note in an arm's record that it failed or was killed, where only arm.json says so. False for an arm that was
+    stopped before it began to report.
     """
     statuses = [row["status"] for row in outbox_of(run_dir).rows() if row["kind"] == "status"]
     arm = read_arm(run_dir)
@@ -184,6 +100,28 @@ def _note_lost_end(run_dir: Path) -> bool:
     return bool(statuses)
 
 
+def _fit_view(delivery: Delivery, run_dirs: Sequence[Path]) -> None:
+    """Let the view of the sweep that this run is an arm of show what all arms have."""
+    arm = read_arm(delivery.run_dir)
+    if delivery.client is None or arm is None or not arm.sweep:
+        return
+    experiment_id, key = delivery.progress.experiment_id, view_tag(arm.sweep)
+    if stored := delivery.client.get_experiment(experiment_id).tags.get(key):
+        delivery.client.set_experiment_tag(experiment_id, key, fitted(stored, run_dirs))
+
+
+def compare_line(run_dirs: Iterable[Path]) -> list[str]:
+    """A line that says where MLflow compares these arms; none where no arm has reached it."""
+    arms = [progress for progress in map(Progress.read, run_dirs) if progress and progress.run_id]
+    one_place = [arm for arm in arms if (arm.uri, arm.experiment_id) == (arms[0].uri, arms[0].experiment_id)]
+    if not one_place:
+        return []
+    return [f"compare      {compare_page(arms[0].uri, arms[0].experiment_id, [arm.run_id for arm in one_place])}"]
+
+
+# --- the report on a sweep --------------------------------------------------------------------------------------------
+
+
 def log_summary(
     sweep: str,
     question: str,
@@ -193,9 +131,9 @@ def log_summary(
     uri: str | None = None,
     experiment: str = "nai_xl",
 ) -> str:
-    """One run `summary <sweep>`, tagged sweep_summary, with the report, its figures and numbers; the same run when
-    called again. A report in Markdown is its description, too, if short enough. The question joins those in the
-    experiment's description. Returns the run's page.
+    """Log the report on a sweep, its figures and its numbers in one run `summary <sweep>`, tagged sweep_summary. A
+    second call goes on with that run. A report in Markdown is the run's description too, if it is short enough. The
+    question is added to the experiment's description. Returns the address of the run's page.
 
     Raises UserError when the store does not answer.
     """
@@ -237,7 +175,7 @@ def _description(question: str, files: Sequence[Path]) -> str:
 
 
 def _set_metrics(client: MlflowClient, run: Run, metrics: Mapping[str, float]) -> None:
-    """Those that are new or changed: the same report twice is one point, not two."""
+    """Log the metrics that are new or changed: the same report twice is one point, not two."""
     from mlflow.entities import Metric
 
     time = now()
@@ -247,7 +185,7 @@ def _set_metrics(client: MlflowClient, run: Run, metrics: Mapping[str, float]) -
 
 
 def _ask(client: MlflowClient, experiment_id: str, sweep: str, question: str) -> None:
-    """A line '- **sweep**: question' in the experiment's description, beside those of other sweeps."""
+    """Put the line '- **sweep**: question' into the experiment's description, beside those of other sweeps."""
     described = str(client.get_experiment(experiment_id).tags.get(NOTE, ""))
     begins = f"- **{sweep}**: "
     others = [line for line in described.splitlines() if not line.startswith(begins)]

@@ -15,23 +15,31 @@ from nai_xl.errors import UserError, one_line
 from nai_xl.tracker.jsonl import JsonlTracker
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
 from nai_xl.tracker.mlflow.store import default_uri, how_to_serve, run_page
+from nai_xl.tracker.mlflow.sweep import MlflowSweep
+from nai_xl.tracker.sweep import SweepTracker
 
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts at a store that does not answer, doubling
 PATIENCE = 30.0  # seconds that the end of a run waits for a store that takes nothing
 
 
 class MlflowTracker(JsonlTracker):
-    """JsonlTracker's record, and a thread that brings it to MLflow. A resumed run continues its MLflow run; where that
-    has gone, or the store is another one, all of the record is sent again.
+    """Keeps JsonlTracker's record, and has a thread that sends it to MLflow.
 
-    A store that fails while the run goes on neither ends nor slows it: what waits is sent when the store answers
-    again, at the next start, or by `python -m nai_xl.sync`. Raises UserError when a store from which no run
-    beside this one has ever had an answer cannot be opened at the start.
+    A resumed run continues its MLflow run. All of the record is sent again where that run has been deleted or the store
+    is another one.
+
+    A store that fails while the run goes on neither ends the run nor slows it. The rows that wait are sent when the
+    store answers again, at the next start, or by `python -m nai_xl.sync`. Raises UserError at the start when the store
+    cannot be opened, unless it has answered this run or one beside it before.
     """
 
     def __init__(self, run_dir: Path, *, experiment: str = "nai_xl", uri: str | None = None):
         super().__init__(run_dir)
         self.delivery = Delivery(run_dir, uri or default_uri(), experiment)
+
+    @classmethod
+    def of_sweep(cls, *, uri: str | None = None, experiment: str = "nai_xl", **others: Any) -> SweepTracker:
+        return MlflowSweep(uri=uri, experiment=experiment)
 
     def __enter__(self) -> MlflowTracker:
         from mlflow.exceptions import MlflowException
@@ -57,7 +65,7 @@ class MlflowTracker(JsonlTracker):
         self.sender.close()
 
     def _has_answered_before(self) -> bool:
-        """Whether this run or one beside it is in the store: then its address is right, and it may come back."""
+        """Whether the store has this run or one beside it. Then its address is right, and it may answer again."""
         links = map(Progress.read, {self.run_dir, *(path.parent for path in self.run_dir.parent.glob("*/mlflow.json"))})
         return any(link and link.run_id and link.uri == self.delivery.uri for link in links)
 
@@ -87,7 +95,7 @@ class MlflowTracker(JsonlTracker):
 
 
 class Sender(threading.Thread):
-    """Delivers whenever woken; after a failure it tries again later, each time waiting longer."""
+    """Sends what waits whenever it is woken. After a failure it tries again, and waits longer each time."""
 
     def __init__(self, delivery: Delivery, *, told: bool = False):
         super().__init__(name="mlflow sender", daemon=True)  # a store that hangs must not keep the program from ending
@@ -122,7 +130,7 @@ class Sender(threading.Thread):
         return True
 
     def close(self) -> None:
-        """Give what waits a last chance for as long as the store takes some of it; say what could not be sent."""
+        """Send what waits for as long as the store takes some of it. Says on stderr what could not be sent."""
         self.ending.set()
         self.due.set()
         left, moved = self._position(), time.monotonic()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nai_xl.optimizer.adamw_8bit import AdamW8bit
+from nai_xl.optimizer.adamw8bit import AdamW8bit
 from nai_xl.optimizer.blockwise import BLOCK, code_values, decode, encode, fits
 
 CPU = torch.device("cpu")

@@ -11,13 +11,16 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nai_xl import config
-from nai_xl.memory.checkpointing import GradientCheckpointing
-from nai_xl.memory.compiled import ActivationBudget
-from nai_xl.memory.fewer_bits import Bf16Weights
+from nai_xl.memory.activation_budget import ActivationBudget
+from nai_xl.memory.bf16_weights import Bf16Weights
+from nai_xl.memory.compile import Compile
+from nai_xl.memory.gradient_checkpointing import GradientCheckpointing
 from nai_xl.model.flops import forward_flops
 from nai_xl.model.sdxl.configs import unet_skeleton
 from nai_xl.model.tiny import tiny_unet_skeleton
-from nai_xl.plan.estimate import ALLOWANCE, Footprint, LiveBytes, Micro, Rehearsal, kept_share
+from nai_xl.plan.footprint import ALLOWANCE, Footprint, kept_share
+from nai_xl.plan.live_bytes import LiveBytes
+from nai_xl.plan.rehearsal import Micro, Rehearsal
 from nai_xl.train import train as train_run
 from nai_xl.training import session
 
@@ -147,8 +150,6 @@ def test_cuda_autocast_keeps_norms_in_float32() -> None:
 
 @given(st.floats(0, 1))
 def test_a_budget_keeps_a_share_between_its_ends(budget: float) -> None:
-    from nai_xl.memory.compiled import Compile
-
     assert kept_share([ActivationBudget(budget)]) is None  # nothing is compiled, so nothing is chosen
     share = kept_share([ActivationBudget(budget), Compile()])
     assert share is not None and 0.09 <= share <= 1

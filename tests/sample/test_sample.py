@@ -19,7 +19,7 @@ from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Painter, Studio
 from nai_xl.evals.sample_grid import SampleGrid
 from nai_xl.interfaces import Bucket, Schedule
-from nai_xl.sample.paint import main
+from nai_xl.sample.__main__ import main
 from nai_xl.train import train as trained
 
 Compose = Callable[..., DictConfig]
@@ -118,7 +118,7 @@ def test_pictures_say_how_to_paint_them_again(
     assert "multiples of 8" in mistake(run, TEXT, "--size", "large")
     assert "--count 0" in mistake(run, TEXT, "--count", 0)
     assert "sampling.steps=2000" in mistake(run, TEXT, "--steps", 2000)
-    assert "rescale must lie in [0, 1]" in mistake(run, TEXT, "--rescale", 2)
+    assert "rescale=2.0: must lie in [0, 1]" in mistake(run, TEXT, "--rescale", 2)
     (tmp_path / "file").touch()
     assert "--out" in mistake(run, TEXT, "--out", tmp_path / "file" / "below")
     (run / "pipeline" / "model_index.json").unlink()

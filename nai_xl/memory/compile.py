@@ -1,4 +1,4 @@
-"""Memory actions of torch.compile: fused kernels, and how much of a compiled block is kept for the backward pass."""
+"""torch.compile: fused kernels in place of single operations."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from pydantic import Field
 
 from nai_xl.errors import UserError
 from nai_xl.files import user_cache
 from nai_xl.memory import process_wide
+from nai_xl.memory.action import MemoryAction
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 BACKEND: Any = "inductor"
@@ -28,7 +28,7 @@ WITHOUT = "or leave compile out of 'memory=[...]'"
 
 
 @dataclass(frozen=True)
-class Compile:
+class Compile(MemoryAction):
     """Fused kernels in place of single operations; Ansel et al., PyTorch 2, ASPLOS 2024, doi 10.1145/3620665.3640366.
 
     `regional` compiles each transformer and ResNet block for itself, in place, so that parameters keep their names.
@@ -46,8 +46,8 @@ class Compile:
 
     # Fused operations round and sum in another order; of the loss in float32. In bfloat16 it is rather a gain: what is
     # fused stays in float32 in between.
-    tolerance: ClassVar[float] = 1e-4
-    warms: ClassVar[bool] = True
+    tolerance = 1e-4
+    compiles = True
 
     def __post_init__(self) -> None:
         if BACKEND == "inductor":
@@ -73,30 +73,11 @@ class Compile:
             process_wide.change(dynamo.config, "optimize_ddp", False)
 
 
-def uncompiled(actions: Sequence[object]) -> AbstractContextManager[Any]:
+def uncompiled(actions: Sequence[MemoryAction]) -> AbstractContextManager[Any]:
     """Runs compiled blocks as they were before: samples come in other shapes, each of which would be compiled first."""
-    if not any(isinstance(action, Compile) for action in actions):
+    if not any(action.compiles for action in actions):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-@dataclass(frozen=True)
-class ActivationBudget:
-    """Compiled blocks keep `budget` of the activations that they would, and recompute the cheapest operations.
-
-    torch chooses them by their FLOPs as a 0-1 knapsack: at 0.5 a block of SDXL recomputes norms, activations and sums
-    but no matrix product and no convolution. On the CPU it also recomputes attention, whose kernel there torch takes to
-    be free. 1 keeps what makes the backward pass fastest, 0 the blocks' inputs alone. See torch's "Current and New
-    Activation Checkpointing Techniques in PyTorch" (2025) and torch/_functorch/config.py.
-    """
-
-    budget: Annotated[float, Field(ge=0, le=1)] = 0.5
-
-    tolerance: ClassVar[float] = 1e-4  # recomputed values may be fused, and so rounded, in another way
-
-    def apply(self, model: Any) -> None:
-        # read when a block is compiled, that is at its first call, whichever of the two actions comes first
-        process_wide.change(importlib.import_module("torch._functorch.config"), "activation_memory_budget", self.budget)
 
 
 def _refuse_without_compiler() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.group_norm import group_norm
 
 
 @dataclass(frozen=True)
-class ChannelsLast:
+class ChannelsLast(MemoryAction):
     """Weights and activations of convolutions in NHWC order.
 
     Moving the weights alone is not enough: in training diffusers turns a ResNet block's shortcut and every
@@ -22,7 +23,7 @@ class ChannelsLast:
     blocks keep the order, and GroupNorm and SiLU are one operation. No parameter is renamed.
     """
 
-    tolerance: ClassVar[float] = 1e-5  # convolutions and norms sum in another order; relative, in float32
+    tolerance = 1e-5  # convolutions and norms sum in another order; relative, in float32
 
     def apply(self, model: Any) -> None:
         model.to(memory_format=torch.channels_last)

@@ -19,10 +19,12 @@ from torch._dynamo.utils import counters
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.errors import UserError
-from nai_xl.memory import compiled, process_wide
-from nai_xl.memory.compiled import ActivationBudget, Compile
+from nai_xl.memory import compile as compiled
+from nai_xl.memory import process_wide
+from nai_xl.memory.activation_budget import ActivationBudget
+from nai_xl.memory.compile import Compile
 from nai_xl.model.tiny import UNET_CONFIG, tiny_sdxl
-from tests.memory.test_fewer_bits import example
+from tests.memory.test_bf16_weights import example
 
 SETTINGS = {
     "recompile_limit": torch._dynamo.config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -14,11 +14,12 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.recompute import can_be_unread, recomputed
 
 
 @dataclass(frozen=True)
-class GradientCheckpointing:
+class GradientCheckpointing(MemoryAction):
     """Keep the inputs of some blocks only; Chen et al., 1604.06174.
 
     blocks: `all` recomputes every ResNet and transformer block, `transformer` the transformer blocks, `ff` just their
@@ -26,12 +27,11 @@ class GradientCheckpointing:
     (nn.Module.compile), before or after, are recomputed as compiled.
     """
 
-    changes_weights: ClassVar[bool] = False  # by roundings at most
-
     blocks: Literal["all", "transformer", "ff"] = "all"
     # The same kernels on the same inputs: the loss is equal to the bit. The gradient of what a skip connection carries
     # is a sum of three, of which a recomputed block adds its own two first.
-    tolerance: ClassVar[float] = 1e-6
+    tolerance = 1e-6
+    changes_weights = False
 
     def apply(self, model: Any) -> None:
         run = _recomputed(model)

@@ -1,6 +1,5 @@
-"""Fewer bits: what they may change of the loss, what they must not round, and that nothing is left behind."""
+"""bfloat16 weights: what they may change of the loss, what they must not round, and which optimizers may have them."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nai_xl.config.spec import Spec
 from nai_xl.errors import UserError
-from nai_xl.memory import fewer_bits as precision
-from nai_xl.memory import process_wide
+from nai_xl.memory.action import MemoryAction
+from nai_xl.memory.bf16_weights import Bf16Weights
 from nai_xl.memory.compatibility import autocast, refuse_misfits
-from nai_xl.memory.fewer_bits import Bf16Weights, Fp8FeedForward, Tf32
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 from nai_xl.optimizer.rounding import rounds_stochastically
@@ -41,9 +39,6 @@ def example(height: int, width: int) -> dict[str, Any]:
     }
 
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-
-
 def loss_and_gradients(unet: Any) -> tuple[float, dict[str, Tensor]]:
     unet.zero_grad()
     target = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(1))
@@ -60,15 +55,14 @@ def assert_close(found: tuple[float, dict[str, Tensor]], expected: tuple[float, 
     assert (ours - theirs).norm() < 4 * by * theirs.norm()
 
 
-@pytest.mark.parametrize("make", [Bf16Weights, pytest.param(lambda: Fp8FeedForward(emulate=True), marks=needs_torchao)])
-def test_loss_and_gradients_stay_close_and_names_the_same(make: Callable[[], Any]) -> None:
-    action = make()
+def assert_stays_close(action: MemoryAction) -> None:
     plain, unet = (tiny_sdxl(seed=0).unet.train() for _ in range(2))
     action.apply(unet)
     assert_close(loss_and_gradients(unet), loss_and_gradients(plain), by=action.tolerance)
 
 
-# --- bfloat16 weights -------------------------------------------------------------------------------------------------
+def test_loss_and_gradients_stay_close_and_names_the_same() -> None:
+    assert_stays_close(Bf16Weights())
 
 
 def test_takes_and_gives_float32_by_position_and_by_name() -> None:
@@ -192,100 +186,3 @@ def test_trains_close_to_float32(bf16: Compose) -> None:
     coarse = losses(run(bf16("run.max_images=12", "name=bf16")))
     exact = losses(run(bf16("run.max_images=12", "name=fp32", "memory=[]", "optimizer=adamw")))
     assert list(coarse.values()) == pytest.approx(list(exact.values()), rel=Bf16Weights.tolerance) and coarse != exact
-
-
-# --- float8 feed-forward layers ---------------------------------------------------------------------------------------
-
-
-@needs_torchao
-def test_float8_is_in_feed_forward_layers_alone() -> None:
-    unet = tiny_sdxl(seed=0).unet
-    names = {name: type(module) for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
-    parameters = {name: p.dtype for name, p in unet.named_parameters()}
-    Fp8FeedForward(emulate=True).apply(unet)
-    changed = {name for name, kind in names.items() if type(unet.get_submodule(name)) is not kind}
-    assert changed == {name for name in names if name.endswith(("ff.net.0.proj", "ff.net.2"))} and len(changed) == 22
-    assert {name: p.dtype for name, p in unet.named_parameters()} == parameters
-
-
-@needs_torchao
-def test_float8_products_are_those_of_rounded_factors() -> None:
-    """Against e4m3 by the definition: 3 bits of mantissa, the largest value 448 at the tensor's own largest."""
-
-    def rounded(x: Tensor) -> Tensor:
-        scale = 448 / x.abs().max().double()
-        scaled = x.double() * scale
-        step = torch.exp2(torch.floor(torch.log2(scaled.abs().clamp(min=2.0**-6))) - 3)
-        return (scaled / step).round() * step / scale
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ff = nn.ModuleDict({"net": nn.Linear(32, 48, bias=False)})
-
-    torch.manual_seed(0)
-    block, x = nn.ModuleDict({"block": Block()}), torch.randn(16, 32)
-    Fp8FeedForward(emulate=True).apply(block)
-    linear = block["block"].ff["net"]
-    expected = rounded(x) @ rounded(linear.weight.detach()).T
-    torch.testing.assert_close(linear(x).double(), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(linear(x), x @ linear.weight.T, rtol=1e-3)
-
-
-@needs_torchao
-@pytest.mark.parametrize("capability", [None, (8, 0), (8, 6)])
-def test_float8_without_kernels_is_refused(
-    capability: tuple[int, int] | None, small: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(precision, "_capability", lambda: capability)
-    with pytest.raises(UserError, match=r"8\.9 or newer.*memory\.fp8_ff\.emulate=true"):
-        Spec.of(small("memory=[fp8_ff]"))
-    Spec.of(small("memory=[fp8_ff]", "memory.fp8_ff.emulate=true"))
-
-
-@needs_torchao
-def test_float8_is_built_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(precision, "_capability", lambda: (9, 0))
-    Fp8FeedForward()
-
-
-def test_float8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torchao"):
-        Fp8FeedForward(emulate=True)
-
-
-# --- TensorFloat-32 ---------------------------------------------------------------------------------------------------
-
-
-def test_tf32_ends_with_the_run() -> None:
-    def state() -> tuple[bool, bool, str]:
-        return (
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.allow_tf32,
-            torch.get_float32_matmul_precision(),
-        )
-
-    before = state()
-    with process_wide.restored():
-        Tf32().apply(nn.Identity())
-        assert state() == (True, True, "high")
-    assert state() == before == (False, True, "highest")
-
-
-def test_arms_of_a_sweep_do_not_hand_it_on(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nai_xl.diffusion.objective import Objective
-
-    seen: list[bool] = []
-    original = Objective.__call__
-
-    def spy(self: Objective, *args: Any) -> Any:
-        seen.append(torch.backends.cuda.matmul.allow_tf32)
-        return original(self, *args)
-
-    monkeypatch.setattr(Objective, "__call__", spy)
-    for arm in ("tf32", ""):
-        run(small(f"memory=[{arm}]", "run.max_images=2", "~evals.sample_grid", f"name=arm{arm}"))
-    assert seen == [True, False]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_xl.optimizer import blockwise, multi_tensor
+from nai_xl.optimizer import blockwise, dry_run, multi_tensor
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16, bias_corrections
 from nai_xl.optimizer.rounding import random_words
 from nai_xl.optimizer.stochastic import flat
@@ -36,9 +36,11 @@ class AdamW8bit(AdamWBf16):
         if not blockwise.fits(params[0]):
             super().update(group, params, steps, keys)
             return
+        if dry_run.active():  # the kernel writes in place
+            return
         corrections = bias_corrections(group, steps)
         if multi_tensor.available(params[0]):
-            multi_tensor.adamw_8bit(self, group, params, corrections, keys)
+            multi_tensor.adamw8bit(self, group, params, corrections, keys)
             return
         for p, correction, key in zip(params, corrections, keys, strict=True):
             state = self.state[p]

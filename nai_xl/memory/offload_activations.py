@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from nai_xl.memory.action import MemoryAction
 
 
 class Parked(NamedTuple):
@@ -22,17 +24,16 @@ Saved = Tensor | Parked
 
 
 @dataclass(frozen=True)
-class OffloadActivations:
+class OffloadActivations(MemoryAction):
     """Saved tensors of at least `min_bytes` go to pinned host memory and come back in the backward pass.
 
     Weights stay where they are. The idea is torch.autograd.graph.save_on_cpu's; this one keeps channels_last order, and
     copies without making the host wait. Copies queue behind the computation on its own stream. On a CPU nothing moves.
     """
 
-    changes_weights: ClassVar[bool] = False  # by roundings at most
-
     min_bytes: Annotated[int, Field(ge=1)] = 1 << 20
-    tolerance: ClassVar[float] = 0.0  # bytes go and come back
+    tolerance = 0.0  # bytes go and come back
+    changes_weights = False
 
     def apply(self, model: Any) -> None:
         parking = Parking(self.min_bytes)
