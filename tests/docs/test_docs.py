@@ -1,7 +1,9 @@
 """The pages of options are as conf/ and the code have them, and what the pages name exists."""
 
 import functools
+import pydoc
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,11 +21,13 @@ from nai_xl.docs.checkout import BEGIN, END, stale, write
 from nai_xl.docs.hints import hint, in_words
 from nai_xl.docs.pages import prose
 from nai_xl.errors import UserError
+from tests.test_imports import ROOMS
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 GENERATED = ROOT / "docs" / "groups"
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")} - {*GENERATED.glob("*")})
+PRESENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what is no more
 LAB_PAGES = sorted(ROOT.glob("experiments/*/README.md"))
 
 
@@ -197,6 +201,14 @@ def test_prose_is_not_taken_for_markup() -> None:
     assert prose("Hang, 2303.09556.") == "Hang, [2303.09556](https://arxiv.org/abs/2303.09556)."
 
 
+def test_the_picture_has_the_rooms_in_the_order_in_which_they_import() -> None:
+    picture = runpy.run_path(str(ROOT / "docs" / "draw_rooms.py"))
+    needs = picture["imports"]()
+    assert {*needs} >= {"train", "config", "diffusion"}
+    assert picture["rooms"]() == ROOMS
+    assert {*needs} - {*ROOMS} == {*picture["COMMANDS"]}, "a command without words of its own"
+
+
 @pytest.mark.parametrize("path", [*PAGES, *LAB_PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
@@ -209,7 +221,7 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert not anchor or anchor in slugs, link
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_and_options_that_a_page_names_exist(path: Path) -> None:
     text = path.read_text()
     for name in re.findall(r"(?<!mine/)\b(?:nai_xl|tests|conf|docs|experiments|benchmarks)/[\w/]+\.\w+", text):
@@ -221,3 +233,9 @@ def test_files_and_options_that_a_page_names_exist(path: Path) -> None:
         known = {option.name for option in groups()[found[1]].options} if found[1] in groups() else set(values)
         own = re.findall(rf"mine/conf/{found[1]}/(\w+)\.yaml", text)  # of the page's own example
         assert {*values} <= known | {"", "mine", "NAME", "null", "a", "b", *own}, found[0]
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_of_the_package_that_a_page_uses_exist(path: Path) -> None:
+    for name in re.findall(r"(?<![.\w])nai_xl(?:\.\w+)+", path.read_text()):
+        assert pydoc.locate(name) is not None, name
