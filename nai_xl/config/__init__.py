@@ -1,6 +1,6 @@
 """From a composed config to built objects: check, build, identity. No other room but the entry points knows Hydra."""
 
-from nai_xl.config.build import build, locate
+from nai_xl.config.build import build, locate, member
 from nai_xl.config.cli import SweepOfArms, entry_point, mistakes_told
 from nai_xl.config.grid import Swept, combinations, compose, opened
 from nai_xl.config.groups import conf_dir, groups
@@ -22,6 +22,7 @@ __all__ = [
     "groups",
     "left_out",
     "locate",
+    "member",
     "mistakes_told",
     "open_ended",
     "opened",

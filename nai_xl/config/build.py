@@ -40,6 +40,20 @@ def locate(name: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
     return found
 
 
+def member(node: DictConfig, name: str, plugins: tuple[str, ...] = ()) -> Any:
+    """A member of a node's option, completed by the node's settings so far as the member takes them.
+
+    None where the option offers no such member. Settings that are still missing (???) are left out.
+    """
+    target = locate(str(node._target_), plugins)
+    found = inspect.getattr_static(target, name, None)
+    if found is None:
+        return None
+    taken = [str(key) for key in node if key in inspect.signature(found).parameters]
+    given = {key: coerced(target, key, plain(node[key])) for key in taken if not OmegaConf.is_missing(node, key)}
+    return functools.partial(found, **given)
+
+
 def build(node: Any, plugins: tuple[str, ...] = (), **given: Any) -> Any:
     """The object that a checked config node describes, nested nodes first; `given` completes its arguments.
 

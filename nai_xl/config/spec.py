@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from nai_xl.engine.meter import Meter
 from nai_xl.interfaces import Evaluator
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
-from nai_xl.model.sdxl import check_sdxl
 from nai_xl.task.objective import compose_objective, groups
 from nai_xl.task.task import Task, TrainingData
 
@@ -83,8 +81,8 @@ class Spec:
 
     def scan(self) -> Index:
         """The images. Raises UserError for a model or images that cannot be trained on; no weight is read yet."""
-        if self.cfg.model.get("path"):
-            check_sdxl(Path(self.cfg.model.path), self.cfg.model.config and Path(self.cfg.model.config))
+        if check := config.member(self.cfg.model, "check", tuple(self.cfg.plugins)):
+            check()
         index: Index = self.data.scan()
         self.task.refuse(index)
         return index

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from nai_xl.interfaces import declare
 from nai_xl.model.sdxl.components import Components
 
 ASSETS = files("nai_xl") / "assets"
@@ -48,6 +49,13 @@ UNET_CONFIG = {
 }
 
 
+def tiny_unet_skeleton() -> UNet2DConditionModel:
+    """The tiny UNet on the meta device: shapes without storage."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**UNET_CONFIG)
+
+
+@declare(skeleton=tiny_unet_skeleton)
 def tiny_sdxl(*, seed: int) -> Components:
     """A tiny SDXL whose UNet starts random from `seed`; everything else is the same for every seed."""
     with torch.random.fork_rng(devices=[]):
@@ -55,12 +63,6 @@ def tiny_sdxl(*, seed: int) -> Components:
         unet = UNet2DConditionModel(**UNET_CONFIG)
     tokenizers = (_tokenizer("<|endoftext|>"), _tokenizer("!"))
     return Components(unet=unet, vae=_vae(), text_encoders=_text_encoders(tokenizers[0]), tokenizers=tokenizers)
-
-
-def tiny_unet_skeleton() -> UNet2DConditionModel:
-    """The tiny UNet on the meta device: shapes without storage."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(**UNET_CONFIG)
 
 
 def _vae() -> AutoencoderKL:

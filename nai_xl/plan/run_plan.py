@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -20,8 +21,6 @@ from nai_xl.interfaces import Bucket
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.model.flops import by_area, forward_flops
-from nai_xl.model.sdxl.configs import SDXL_BASE, unet_skeleton
-from nai_xl.model.tiny import tiny_unet_skeleton
 from nai_xl.plan.footprint import Footprint
 from nai_xl.plan.rehearsal import Micro, Rehearsal
 from nai_xl.plan.throughput import UTILISATION, Speed, expected
@@ -100,9 +99,9 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
         action.refuse(grad_accum=settings.grad_accum, precision=computed, world=machines.world)
     canvases, from_data = find_canvases(cfg, build)
     worst = max(canvases, key=lambda bucket: bucket.width * bucket.height)
-    skeleton = skeleton_of(cfg.model)
+    skeleton = skeleton_of(cfg.model, tuple(cfg.plugins))
     unet = skeleton()
-    on_host = build(cfg.ema, model=nn.Linear(1, 1)).on_host
+    on_host = build(cfg.ema, parameters={"weight": nn.Parameter(torch.zeros(1))}).on_host
     rehearsal = Rehearsal(unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm)
     tokens = 77 * build(cfg.text).chunks
     precision = autocast(actions, computed)
@@ -113,16 +112,13 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     return RunPlan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host)
 
 
-def skeleton_of(model: DictConfig) -> Callable[[], Any]:
-    """The UNet of a model option without storage. Raises UserError for a model that has none."""
-    target = str(model._target_).rpartition(".")[2]
-    if target == "tiny_sdxl":
-        return tiny_unet_skeleton
-    if target not in ("load_sdxl", "sdxl_random"):
-        raise UserError(f"model: no plan for {target}; there is model=tiny, sdxl and sdxl_random")
-    path = None if OmegaConf.is_missing(model, "path") else model.get("path")
-    folder = path if path and Path(path, "unet").is_dir() else model.get("config") or SDXL_BASE
-    return functools.partial(unet_skeleton, Path(folder))
+def skeleton_of(model: DictConfig, plugins: tuple[str, ...] = ()) -> Callable[[], Any]:
+    """The UNet of a model option without storage. Raises UserError for a model that offers none."""
+    skeleton = config.member(model, "skeleton", plugins)
+    if skeleton is None:
+        raise UserError(f"model: no plan for {model._target_}, which offers no skeleton; there is model=tiny and sdxl")
+    found: Callable[[], Any] = skeleton
+    return found
 
 
 def find_canvases(cfg: DictConfig, build: Callable[..., Any]) -> tuple[dict[Bucket, int], bool]:

@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffusers import UNet2DConditionModel
+
 from nai_xl.interfaces import declare
 from nai_xl.model.quiet import quietly
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.sdxl.configs import SDXL_BASE
+from nai_xl.model.sdxl.configs import SDXL_BASE, unet_skeleton
 from nai_xl.model.sdxl.files import refusal
 from nai_xl.model.sdxl.folder import check_folder, load_folder
 from nai_xl.model.sdxl.single_file import check_single_file, load_single_file
 from nai_xl.model.sdxl.tokenizers import load_tokenizers
 
 
-@declare(without_effect=("config",))
+def check_sdxl(path: Path, config: Path | None = None) -> None:
+    """Raise UserError unless `path` looks like a complete SDXL model; reads headers and configs, never a weight."""
+    path = Path(path)
+    if not path.exists():
+        raise refusal(path, "no such file or folder; give a diffusers folder or a .safetensors file of an SDXL model")
+    if path.is_dir():
+        check_folder(path)
+    else:
+        check_single_file(path, SDXL_BASE if config is None else Path(config))
+
+
+def sdxl_skeleton(path: Path | None = None, config: Path | None = None) -> UNet2DConditionModel:
+    """The UNet that load_sdxl would read, without storage. `path` need not be there: only a folder brings a config."""
+    own = path if path and Path(path, "unet").is_dir() else None
+    return unet_skeleton(own or config or SDXL_BASE)
+
+
+@declare(without_effect=("config",), check=check_sdxl, skeleton=sdxl_skeleton)
 def load_sdxl(path: Path, *, config: Path | None = None) -> Components:
     """Read an SDXL model as float32, on the CPU, in eval mode.
 
@@ -33,14 +52,3 @@ def load_sdxl(path: Path, *, config: Path | None = None) -> Components:
         if path.is_dir():
             return load_folder(path, load_tokenizers(path, "model.path"))
         return load_single_file(path, source, load_tokenizers(source, "model.config"))
-
-
-def check_sdxl(path: Path, config: Path | None = None) -> None:
-    """Raise UserError unless `path` looks like a complete SDXL model; reads headers and configs, never a weight."""
-    path = Path(path)
-    if not path.exists():
-        raise refusal(path, "no such file or folder; give a diffusers folder or a .safetensors file of an SDXL model")
-    if path.is_dir():
-        check_folder(path)
-    else:
-        check_single_file(path, SDXL_BASE if config is None else Path(config))
