@@ -213,7 +213,11 @@ class Tracker(Protocol):
 
 
 class Evaluator(Protocol):
-    """Looks at the model every `every` optimizer steps."""
+    """Looks at the model every `every` optimizer steps.
+
+    One whose class says changes_weights = False can join or leave a run that is under way; with another, as with a
+    tracker that does not say so, the run is another run.
+    """
 
     every: int
 
