@@ -152,16 +152,17 @@ def add(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
         module = f"mine_{option}"  # Python would remember one that is called the same
         (tmp_path / f"{module}.py").write_text(textwrap.dedent(ADDITIONS[choice]))
         folder = tmp_path / "conf" / group
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{option}.yaml").write_text(YAML[choice].replace("mine.", f"{module}."))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.chdir(tmp_path)
         chosen = f"{group}=[{option}]" if group == "evals" else choice
-        own = [o for o in SMALL if not (o.startswith(("data=", "evals.")) and group in ("data", "evals"))]
+        replaced = {"data": ("data=",), "evals": ("evals.",)}.get(group, ())
+        own = [override for override in SMALL if not (replaced and override.startswith(replaced))]
         data = [f"data.dir={tmp_path / 'stripes'}"] if group == "data" else [f"data.dir={images}"]
         cfg = config.compose(
             [f"hydra.searchpath=['file://{tmp_path / 'conf'}']", *own, *data, chosen, f"plugins=[{module}]",
-             "run.max_images=6", *(["evals=[]"] if group == "data" else []), *overrides]
+             "run.max_images=6", *overrides]
         )  # fmt: skip
         config.check(cfg)
         return cfg
@@ -183,18 +184,8 @@ def newest(folder: Path, part: str) -> dict[str, torch.Tensor]:
 def test_a_weighting(add: Add, small: Callable[..., DictConfig]) -> None:
     own = losses(trained(add("loss=halved")))
     assert own != losses(train(small("run.max_images=6", "loss=uniform"), {}))
-    mine = Spec.of(add_again(add, "loss=halved", "loss.factor=0.25"))
-    assert mine.task.objective.weighting.keywords == {"factor": 0.25}
-
-
-def add_again(add: Add, choice: str, *overrides: str) -> DictConfig:
-    """The same addition once more: its folders are there already."""
-    group, _ = choice.split("=")
-    import shutil
-
-    for folder in Path.cwd().glob(f"conf/{group}"):
-        shutil.rmtree(folder)
-    return add(choice, *overrides)
+    mine = Spec.of(add("loss=halved", "loss.factor=0.25"))
+    assert mine.task.objective.weighting.keywords == {"factor": 0.25}  # type: ignore[attr-defined]
 
 
 def test_a_learned_weighting(add: Add) -> None:
@@ -203,13 +194,14 @@ def test_a_learned_weighting(add: Add) -> None:
 
 
 def test_an_optimizer(add: Add) -> None:
-    cfg = add("optimizer=signs", "optimizer.lr=0.5")
-    before = {name: p.clone() for name, p in Spec.of(cfg).model().unet.named_parameters()}
+    cfg = add("optimizer=signs", "optimizer.lr=0.01")
+    before = {name: p.detach().clone() for name, p in Spec.of(cfg).model().unet.named_parameters()}
     after = newest(trained(cfg), "unet")
     moved = torch.cat([(after[f"unet/{name}"] - p).flatten() for name, p in before.items()])
-    # three steps of 0.5 by the gradient's sign; a gradient of exactly 0 moves nothing
-    assert set(moved.abs().round(decimals=3).unique().tolist()) <= {0.0, 0.5, 1.0, 1.5}
-    assert (moved.abs() > 0.4).float().mean() > 0.9
+    # three steps of 0.01 by the gradient's sign; they may cancel, and a gradient of exactly 0 moves nothing
+    steps = (moved.abs() / 0.01).round()
+    torch.testing.assert_close(moved.abs(), steps * 0.01, atol=1e-5, rtol=0)
+    assert steps.max() == 3 and (steps > 0).float().mean() > 0.5
 
 
 def test_a_data_source(add: Add) -> None:

@@ -100,7 +100,7 @@ class RunDirectory:
 
     def newest_samples(self) -> list[Path]:
         """The last sample grid, if there is one."""
-        return sorted((self.path / "samples").glob("*.png"))[-1:]
+        return sorted(self.samples.glob("*.png"))[-1:]
 
     def create(self) -> None:
         """Raises UserError when the directory cannot be written."""

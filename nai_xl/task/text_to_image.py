@@ -260,7 +260,7 @@ class TextImages:
         return f"{placed} latents of {len(self.index.items)} images, {len(self.encoded.texts)} texts"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.path / "skipped.csv")
+        self.index.write_skipped(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))

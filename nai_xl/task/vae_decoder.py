@@ -162,5 +162,5 @@ class Pictures:
         return "nothing, this task reads the pictures themselves"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.path / "skipped.csv")
+        self.index.write_skipped(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))

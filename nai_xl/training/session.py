@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.data.index import Index
@@ -26,6 +24,7 @@ from nai_xl.memory.compile import uncompiled
 from nai_xl.profiler.advice import Setup
 from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmRecord
+from nai_xl.record.config import write_config
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
@@ -54,7 +53,7 @@ class Session:
         """Train, or continue, or say that there is nothing left to do. The caller holds the run's lock."""
         spec, strategy, home = self.spec, self.strategy, self.home
         if strategy.first:
-            OmegaConf.save(spec.cfg, home.path / "config.yaml", resolve=True)
+            write_config(home.path, spec.cfg)
         steps = spec.run.steps(len(index.items), strategy.world)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
         if checkpoints.latest_step() >= steps and home.pipeline.is_dir():
@@ -141,7 +140,7 @@ class Session:
             cfg.profile,
             tuple(cfg.plugins),
             steps=steps,
-            dir=self.home.path / "profile",
+            dir=self.home.profile,
             device=self.strategy.device,
             setup=Setup(run.batch_size, run.grad_accum, run.workers, self.spec.precision.autocast, memory),
             show=self.screen.show,
@@ -158,7 +157,7 @@ class Session:
             with tracker:
                 chosen = {**self.choices, **config.flat(spec.cfg), "data_fingerprint": index.fingerprint()}
                 tracker.params(chosen, {"seed": str(spec.run.seed), "git_commit": git_commit()})
-                tracker.artifact(self.home.path / "config.yaml")
+                tracker.artifact(self.home.config)
                 yield tracker
         except Stopped:
             # torchrun ends all processes soon after the first; the tracker's is done now
