@@ -33,7 +33,7 @@ from common import (
     write,
 )
 
-from nai_xl.engine.hooks import Steps
+from nai_xl.engine.hooks import NoHook
 from nai_xl.engine.loop import RunSettings, Stop, train
 from nai_xl.interfaces import Batch
 from nai_xl.model.tiny import tiny_sdxl
@@ -57,7 +57,7 @@ class Ours:
         self.step = stop
 
 
-class Seen(Steps):
+class Seen(NoHook):
     """A hook that keeps what is reported."""
 
     def __init__(self) -> None:

@@ -43,7 +43,7 @@ def declare(
 class Native:
     """What belongs to a model's size: canvas edge and bucket step in pixels, learning rate, images per micro-batch."""
 
-    changes_weights: ClassVar[bool] = False  # those settings do that are made from it
+    changes_weights: ClassVar[bool] = False  # only settings computed from it can
 
     resolution: Annotated[int, Field(ge=8)]
     bucket_step: Annotated[int, Field(ge=8, multiple_of=8)]
@@ -106,7 +106,7 @@ class Batch:
         return 8 * self.latents.shape[2], 8 * self.latents.shape[3], self.context.shape[1]
 
 
-class Samples(Protocol):
+class MicroBatch(Protocol):
     """A micro-batch of any task, as the loop and the meter see it."""
 
     item: Tensor  # [B] int64: place of each sample's image in the index
@@ -114,8 +114,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
     @property
     def canvas(self) -> tuple[int, int, int]: ...  # height, width in pixels, tokens
-    def to(self, device: torch.device) -> Samples: ...
-    def pin_memory(self) -> Samples: ...
+    def to(self, device: torch.device) -> MicroBatch: ...
+    def pin_memory(self) -> MicroBatch: ...
     def record_stream(self, stream: torch.cuda.Stream) -> None: ...
 
 

@@ -32,7 +32,7 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
     with ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
         home.create()
         session = Session(spec, choices, home, spec.start(), note)
-        index = spec.scan()  # nothing is refused after this, and no weight is read before
+        index = spec.scan()  # what can be known without the weights has been refused by now
         with home.locked() if session.strategy.first else nullcontext():
             session.run(index)
     return home.path

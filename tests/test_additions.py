@@ -1,6 +1,6 @@
 """What can be added from outside: one function or class and one yaml each, in a folder of the user's own.
 
-Nothing inside the package is touched. CONTRIBUTING.md shows the same additions.
+Nothing inside the package is touched. CONTRIBUTING.md shows an example of each kind.
 """
 
 import json

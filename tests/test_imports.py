@@ -1,6 +1,7 @@
 """The layers of the package, kept by reading its source."""
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import nai_xl
 
 PACKAGE = Path(nai_xl.__file__).parent
+ROOT = Path(__file__).parent.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # a module imports from its own room and from those to its left; entry points come last and import no other entry point
 ROOMS = (
@@ -76,3 +78,15 @@ def test_nothing_is_pickled_and_no_exception_is_swallowed_whole(path: Path) -> N
             kinds = [] if node.type is None else ast.walk(node.type)
             names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
             assert names and not names & {"Exception", "BaseException"}, f"line {node.lineno}"
+
+
+OUTSIDE = sorted(path for folder in ("benchmarks", "experiments", "docs") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_lies_beside_the_package_imports_names_that_it_has(path: Path) -> None:
+    for name in imported(path):
+        if name.startswith("nai_xl."):
+            module, _, attribute = name.rpartition(".")
+            there = (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name.replace(".", "/")).is_dir()
+            assert there or hasattr(importlib.import_module(module), attribute), name

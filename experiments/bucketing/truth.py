@@ -4,9 +4,9 @@ import numpy as np
 from PIL import Image
 
 from nai_xl.data.bucketing import AspectBuckets, SquareBucket
+from nai_xl.data.images import on_canvas
 from nai_xl.data.source.drawing import Vocabulary, contrast, picture
 from nai_xl.evals.bodies import find_bodies
-from nai_xl.model.vae import on_canvas
 
 WORDS = Vocabulary(colors=("white",), shapes=("circle",), backgrounds=("black",))
 

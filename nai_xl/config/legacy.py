@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
-from yaml import YAMLError
+from omegaconf import DictConfig, ListConfig, open_dict, read_write
 
-from nai_xl.errors import UserError, one_line
+from nai_xl.record.config import read_config
+from nai_xl.record.run_dir import RunDirectory
 
 # every target that a yaml of version 0.1 could name and that lies elsewhere now
 MOVED = {
@@ -98,16 +98,12 @@ def upgraded_choices(stored: Mapping[str, Any]) -> dict[str, Any]:
 def stored_config(run_dir: Path) -> DictConfig:
     """The config that a run was trained with, in terms of this version.
 
-    Raises FileNotFoundError or NotADirectoryError where there is none, and UserError where it is no config.
+    Raises FileNotFoundError where there is none, and UserError where it is no config.
     """
-    path = run_dir / "config.yaml"
-    try:
-        loaded = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} is no config")
-    return upgraded(loaded)
+    stored = read_config(run_dir)
+    if stored is None:
+        raise FileNotFoundError(RunDirectory(run_dir).config)
+    return upgraded(stored)
 
 
 def made_by_0_1(run_dir: Path) -> bool:

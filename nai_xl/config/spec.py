@@ -132,8 +132,11 @@ class Parts(dict[str, Any]):
             choices = {part: self[group] for part, group in groups().items()}
             make = config.build(node, self.plugins)
             self[key] = compose_objective(make, int(self.cfg.native.resolution), **choices)
+        elif key == "task":
+            given = self._asked_for(node)
+            self[key] = config.build(node, self.plugins, **given) if given else config.build(node, self.plugins)()
         else:
-            self[key] = config.build(node, self.plugins, **(self._asked_for(node) if key == "task" else {}))
+            self[key] = config.build(node, self.plugins)
         return self[key]
 
     def _asked_for(self, node: DictConfig) -> dict[str, Any]:

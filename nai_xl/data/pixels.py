@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from nai_xl.data.bucketing import cover
 from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import Index, open_rgb
+from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
+from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucket, Bucketing, Placement
 from nai_xl.rng import Draws, draws
 
@@ -46,8 +47,8 @@ class PixelBatch:
 class PixelDataset(Dataset[PixelBatch]):
     """(position, item) of pictures that share a bucket -> a PixelBatch, whatever worker or rank asks.
 
-    zoom: each picture is made up to so many times as long as its canvas, by an amount and at a place that its position
-    draws; 1 puts all of it on the canvas, as text-to-image training does. recolour: channels change places, brightness
+    zoom: the largest magnification. Each sample is a crop, enlarged by a factor and at a place that its position draws;
+    1 puts the whole picture on the canvas, as text-to-image training does. recolour: channels change places, brightness
     and contrast in most samples: more colours than a small set of photographs has.
     """
 
@@ -70,6 +71,15 @@ class PixelDataset(Dataset[PixelBatch]):
             place = zoomed(place, item.size, self.zoom ** draw.uniform("zoom"), draw)
         pixels = to_pixels(on_canvas(open_rgb(item.path), place))
         return recoloured(pixels, draw) if self.recolour else pixels
+
+
+def unreadable(item: Item) -> str | None:
+    """Why an image cannot be read whole; None for one that can."""
+    try:
+        open_rgb(item.path)
+    except UNREADABLE as error:
+        return f"not a whole image: {one_line(error)}"
+    return None
 
 
 def zoomed(place: Placement, size: tuple[int, int], factor: float, draw: Draws) -> Placement:

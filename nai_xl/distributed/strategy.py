@@ -1,7 +1,7 @@
 """The contract of a distributed engine, and the one that accelerate's process group gives: none and ddp share it.
 
 The loop, the checkpoint, the evaluators and the export call a strategy on EVERY rank, in the same order. The strategy
-decides who acts: nothing outside of this room asks for the first rank in order to leave the others behind.
+decides who acts. Files and words are the first rank's: what a collective brings together, it writes and says.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ T = TypeVar("T")
 class Strategy(Protocol):
     """How one run spreads over `world` processes, of which this one is number `rank`.
 
-    whole: every rank holds the whole model and, after the backward pass, its whole gradient. acts: this rank takes part
-    in what a single process could do alone, such as evaluation; where the model is whole, the first rank suffices.
+    whole: every rank holds the whole model and, after the backward pass, its whole gradient. evaluates: this rank takes
+    part in evaluation; where the model is whole, the first rank suffices.
     """
 
     rank: int
     world: int
     device: torch.device
     whole: bool
-    acts: bool
+    evaluates: bool
 
     @property
     def first(self) -> bool:
@@ -77,11 +77,11 @@ class Strategy(Protocol):
         ...
 
     def kept(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
-        """The part of the parameters of which this rank keeps an average; {} where another rank does."""
+        """The parameters whose average this rank keeps; {} if another rank keeps them."""
         ...
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Collective: every rank gives what `kept` gave it, or its average, and the first one gets the whole."""
+        """Collective. Each rank passes its own part; the first rank gets the whole."""
         ...
 
 
@@ -95,7 +95,7 @@ class DataParallel:
     def __post_init__(self) -> None:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        self.acts = self.first
+        self.evaluates = self.first
 
     @property
     def first(self) -> bool:

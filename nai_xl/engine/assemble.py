@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nai_xl.adapter.trainable import Trainable
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.meter import Meter
+from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Stateful
 from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.lr import LearningRate
@@ -33,13 +34,13 @@ class State:
     meter: Meter
 
     def averages(self) -> Mapping[str, Tensor]:
-        """Collective. Name -> averaged weight, all of what is trained on the first rank."""
+        """Collective. The averaged weights by name: all of them on the first rank."""
         return self.strategy.full(self.ema.averages())
 
     def stateful(self) -> dict[str, Stateful]:
         """The parts that a checkpoint saves, by name."""
         return {
-            "unet": Weights(self.trainable.parameters),  # under this name since the first version
+            "unet": Weights(self.trainable.parameters, self.strategy),  # the name that it has had since 0.1
             "ema": self.ema,
             "optimizer": self.optimizer,
             "scaler": ScalerState(self.strategy.scaler),
@@ -68,6 +69,11 @@ def assemble(
     """
     update: Update
     if in_backward:
+        if any(group.keys() != {"params"} for group in trainable.groups):
+            raise UserError(
+                "memory: optimizer_in_backward knows one rate for the whole network, and this adapter asks for several; "
+                "set '~memory.optimizer_in_backward'"
+            )
         module, _ = strategy.wrap(trainable.module)
         stepped = update = UpdateInBackward(optimizer, trainable.parameters, max_grad_norm, free)
     else:
@@ -94,9 +100,11 @@ class Weights:
     """The parameters that are trained, by name, as a Stateful."""
 
     parameters: Mapping[str, nn.Parameter]
+    strategy: Strategy
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        """Collective: whole on the first rank."""
+        return dict(self.strategy.full({name: p.detach() for name, p in self.parameters.items()}))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises KeyError when the names differ: a network must not be continued in part."""

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
+from nai_xl.errors import keyed
 from nai_xl.interfaces import Checkpointer, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
 
 
-class Steps:
-    """A hook that does nothing; others say what they do otherwise."""
+class NoHook:
+    """A hook that does nothing. Subclasses override what they need."""
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         pass
@@ -24,7 +25,7 @@ class Steps:
 
 
 @dataclass
-class Save(Steps):
+class Save(NoHook):
     """A checkpoint every `every` steps, at the end, and where the loop is asked to stop."""
 
     checkpoints: Checkpointer
@@ -42,7 +43,7 @@ class Save(Steps):
 
 
 @dataclass
-class Evaluate(Steps):
+class Evaluate(NoHook):
     """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled."""
 
     evaluators: Sequence[Evaluator]
@@ -52,8 +53,8 @@ class Evaluate(Steps):
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         due = [evaluator for evaluator in self.evaluators if last or step % evaluator.every == 0]
-        if due and self.strategy.acts:
-            with self.around():
+        if due and self.strategy.evaluates:
+            with self.around(), keyed("evals"):
                 for evaluator in due:
                     values |= evaluator.run(step, self.studio)
         if due:
@@ -61,7 +62,7 @@ class Evaluate(Steps):
 
 
 @dataclass
-class Report(Steps):
+class Report(NoHook):
     """What there is to tell goes to the tracker, to arm.json and on the screen."""
 
     tracker: Tracker
@@ -85,7 +86,7 @@ class CountsSteps(Protocol):
 
 
 @dataclass
-class Profile(Steps):
+class Profile(NoHook):
     """Tells a profiler where a step ends."""
 
     profiler: CountsSteps

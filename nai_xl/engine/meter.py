@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Direction, Losses, Samples
+from nai_xl.interfaces import Direction, Losses, MicroBatch
 
 BANDS = 4
 PAUSED = "nai_xl: paused"  # the mark in a profiler's trace of what is not the training
@@ -91,7 +91,7 @@ class Meter:
             yield
         self.started += time.perf_counter() - began
 
-    def add(self, losses: Losses, batch: Samples, *, waited: float) -> None:
+    def add(self, losses: Losses, batch: MicroBatch, *, waited: float) -> None:
         """Take in one micro-batch, its losses on the device; `waited` seconds for its data."""
         values, axis = losses
         item = batch.item.to(values.device, torch.float64, non_blocking=True)
@@ -157,13 +157,14 @@ class Meter:
         if bad or (self.refuse_gradients and not norms.isfinite().all()):
             which = f"the loss of images number {bad[:8]} of the index" if bad else "the gradient"
             raise UserError(
-                f"{which} is not finite. No weight has become so, and the last checkpoint is whole. Begin "
-                "a run with a lower optimizer.lr or with precision=fp32."
+                f"{which} is not finite. The weights were not changed, and the last checkpoint is intact. Start a new "
+                "run with a lower optimizer.lr, or with precision=fp32."
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. The rows of all ranks since the last report, so that a resumed run reports the same means."""
-        rows = [row.T.contiguous() for row in self.rows]
+        device = self.rows[-1].device if self.rows else torch.device("cpu")  # rows of before a resume lie on the CPU
+        rows = [row.to(device).T.contiguous() for row in self.rows]
         return {"rows": [self.gather(row) for row in rows] if self.world > 1 else rows, "norms": [*self.norms]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nai_xl.distributed.strategy import Strategy
-from nai_xl.interfaces import Losses, Samples
+from nai_xl.interfaces import Losses, MicroBatch
 
 
 def precompile(
@@ -18,14 +18,14 @@ def precompile(
     module: nn.Module,
     parameter: nn.Parameter,
     strategy: Strategy,
-    batches: Iterable[Samples],
+    batches: Iterable[MicroBatch],
 ) -> float:
     """Forward and backward of each of `batches`, one of every shape; the seconds that it took.
 
-    `parameter` is the first that is trained: every block lies between the loss and the first layer, so that its
-    gradient alone runs all of their backward passes, keeps no other gradient, and calls none of the hooks that wait for
-    one to be accumulated. Blocks that are compiled are checkpointed by torch, which allows that. Weights, gradients and
-    torch's random state are left as they were.
+    `parameter` is the first that is trained. With all of a network it belongs to the first layer, and every block lies
+    between the loss and it: its gradient alone runs all of their backward passes, keeps no other gradient, and calls
+    none of the hooks that wait for one to be accumulated. Blocks that are compiled are checkpointed by torch, which
+    allows that. Weights, gradients and torch's random state are left as they were.
     """
     began = time.perf_counter()
     module.train()

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from nai_xl.interfaces import Samples
+from nai_xl.interfaces import MicroBatch
 
 
-def on_device(batches: Iterable[Samples], device: torch.device) -> Iterator[Samples]:
+def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
     """Every batch on `device`. On a GPU it is copied on a stream of its own.
 
     The host never waits in a step, so it asks for a batch while the device still computes on those before it, and the

@@ -1,6 +1,7 @@
 """What evaluators that measure samples have in common: fixed prompts, fixed noise, canvases of several sizes."""
 
-# no annotations from __future__: the checks of settings that other modules' evaluators inherit need them as objects
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar

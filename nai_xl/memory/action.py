@@ -9,7 +9,7 @@ import torch
 
 
 class MemoryAction:
-    """Changes how much memory or time the model takes, and of what it learns no more than roundings.
+    """Changes how much memory or time a step takes. What is learned changes by rounding at most.
 
     An action is built before any weight is read, and raises UserError if this machine cannot run it. Whoever must know
     how an action behaves asks the members below. None is recognised by its class or its name.
@@ -32,6 +32,9 @@ class MemoryAction:
     updates_in_backward: ClassVar[bool] = False
     """Whether the optimizer updates each block within the backward pass, and no gradient outlives it."""
 
+    unets_only: ClassVar[bool] = False
+    """Whether the action knows a UNet's call or its attention, and so no other network's."""
+
     weights_in: ClassVar[torch.dtype | None] = None
     """The type that the action gives the weights; None leaves them as they are."""
 
@@ -46,7 +49,7 @@ class MemoryAction:
         return None
 
     def apply(self, model: Any) -> None:
-        """Change the model, a diffusers UNet, in place, before accelerate prepares it. No parameter is renamed."""
+        """Change the network, a diffusers model, in place, before the strategy wraps it. No parameter is renamed."""
         raise NotImplementedError
 
     def refuse_beside(self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: str) -> None:

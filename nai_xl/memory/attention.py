@@ -63,6 +63,8 @@ class AttentionSlicing(MemoryAction):
     It shrinks what is alive at once in sampling. Training keeps every slice's attention matrix for the backward pass.
     """
 
+    unets_only = True
+
     slice_size: Annotated[int, Field(ge=1)] = 1
     tolerance = 1e-5  # matrix products of other shapes; relative, in float32
 

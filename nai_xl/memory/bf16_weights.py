@@ -25,6 +25,8 @@ class Bf16Weights(MemoryAction):
     numbers they are: in bfloat16 timestep 999 would be 1000, and 1333 pixels 1336.
     """
 
+    unets_only = True
+
     # 8 bits round every operation by up to 2^-9; over the UNet's depth the loss of a step moves by less than
     tolerance = 2e-2
     weights_in = torch.bfloat16
@@ -37,7 +39,7 @@ class Bf16Weights(MemoryAction):
 
     def refuse_beside(self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: str) -> None:
         if precision == "fp16":
-            raise UserError("memory=bf16_weights computes in bfloat16; set precision=bf16, or no")
+            raise UserError("memory=bf16_weights computes in bfloat16; set precision=bf16 or precision=fp32")
         if not rounds_stochastically(optimizer):
             raise UserError(
                 "memory=bf16_weights needs an optimizer that rounds stochastically: rounding to nearest would drop "

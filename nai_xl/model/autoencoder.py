@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +34,14 @@ def trainable_autoencoder(vae: AutoencoderKL, *, latent_noise: float) -> Trainab
 
 
 def save_autoencoder(vae: TrainableAutoencoder, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `weights`, all of the autoencoder's, as a diffusers folder. `vae` is a plain AutoencoderKL afterwards."""
+    """Write `weights`, all of the autoencoder's, as the diffusers folder `folder`/vae; an old `folder` is replaced.
+
+    `vae` is a plain AutoencoderKL afterwards.
+    """
     vae.__class__ = AutoencoderKL
     vae.to("cpu").load_state_dict(dict(weights))
-    vae.save_pretrained(folder, safe_serialization=True)
+    aside = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    vae.save_pretrained(aside / "vae", safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -79,8 +80,8 @@ def _load_all(unet: nn.Module, weights: Mapping[str, Tensor]) -> None:
     wrong += [f"{name} is none of the UNet's" for name in weights if name not in expected]
     if wrong:
         raise ValueError(f"the weights are not those of the UNet ({len(wrong)} names differ; {wrong[0]})")
-    # a UNet that was trained in bfloat16 would round its float32 average; on the CPU, where there is room for that
-    unet.to("cpu", next(iter(weights.values())).dtype)
+    # a UNet that was trained in bfloat16 would round its float32 averages; on the CPU, where there is room for that
+    unet.to("cpu", functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()}))
     unet.load_state_dict(dict(weights))
 
 
@@ -91,6 +92,8 @@ def export(run: Path, file: Path, dtype: str) -> Path:
     """
     pipeline = RunDirectory(run).pipeline if RunDirectory(run).pipeline.is_dir() else run
     settings = pipeline / "scheduler" / "scheduler_config.json"
+    if (pipeline / "vae").is_dir() and not (pipeline / "unet").is_dir():
+        raise UserError(f"{run} has trained an autoencoder ({pipeline / 'vae'}), which a single file cannot hold alone")
     if not settings.is_file():
         raise UserError(f"{run} holds no pipeline; a run writes it when it is finished")
     scheduled = json.loads(settings.read_text())

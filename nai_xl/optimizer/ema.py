@@ -14,16 +14,15 @@ from torch import Tensor
 
 
 class StandardEma:
-    """The average of `parameters`, name -> weight: those that this process keeps.
-
-    shadow = d shadow + (1 - d) weights after every optimizer step n, with d = min(decay, (1 + n) / (10 + n)).
+    """shadow = d shadow + (1 - d) weights after every optimizer step n, with d = min(decay, (1 + n) / (10 + n)).
 
     The warm-up (TensorFlow's ExponentialMovingAverage) keeps short runs from staying at the initial weights.
 
     With `every` = N only each N-th step's weights are taken in, with the weight 1 - (product of the N steps' d): what
     the average forgets in N steps stays the same. The first 10 N steps, when it changes fast, are all taken in.
     `device` = cpu keeps the average in main memory: the weights are copied there and taken in by a thread of its own
-    while training goes on; null keeps it beside the model.
+    while training goes on; null keeps it beside the model. `parameters`: name -> weight, those whose average this
+    process keeps.
     """
 
     without_effect: ClassVar[tuple[str, ...]] = ("device",)

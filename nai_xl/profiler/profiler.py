@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
 from nai_xl.engine.meter import peak_memory_gib
-from nai_xl.interfaces import Samples, Tracker
+from nai_xl.interfaces import MicroBatch, Tracker
 from nai_xl.profiler.advice import Setup, advice
 from nai_xl.profiler.page import Page
 from nai_xl.profiler.trace import DATA, STEP, summarise
@@ -33,7 +33,7 @@ class NoProfiler:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         pass
 
-    def watch(self, batches: Iterable[Samples]) -> Iterator[Samples]:
+    def watch(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         return iter(batches)
 
     def step(self, number: int) -> None:
@@ -84,7 +84,7 @@ class Profiler(NoProfiler):
         self.done |= kind is not None
         self.torch.stop()
 
-    def watch(self, batches: Iterable[Samples]) -> Iterator[Samples]:
+    def watch(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The same batches, with marks in the trace where a step begins and while it waits for them."""
         source = iter(batches)
         while not self.done:

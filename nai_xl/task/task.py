@@ -20,7 +20,7 @@ from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.loop import RunSettings
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Evaluator, Losses, Samples, Stateful, Tracker
+from nai_xl.interfaces import Evaluator, Losses, MicroBatch, Stateful, Tracker
 from nai_xl.record.run_dir import RunDirectory
 
 
@@ -36,7 +36,7 @@ class TrainingData(Protocol):
         """This rank's endless micro-batches from optimizer step `start` on."""
         ...
 
-    def one_of_each_shape(self, size: int) -> Iterable[Samples]:
+    def one_of_each_shape(self, size: int) -> Iterable[MicroBatch]:
         """Random micro-batches of `size`, one of every shape that the run will meet."""
         ...
 
@@ -54,7 +54,10 @@ class TrainingData(Protocol):
 
 
 class Task(Protocol):
-    """One option of the group `task`. Methods are called in this order, each on every rank.
+    """One option of the group `task`. Every rank calls its methods; `figure` and `deliver` are the first rank's alone.
+
+    The order: refuse, load, prepare, flops, free_groups, stateful, described, remarks, figure, studio, loss at every
+    step, deliver.
 
     timesteps: the length of the axis along which losses are reported in bands; 0 for none.
     """

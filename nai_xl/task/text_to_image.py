@@ -58,7 +58,7 @@ from nai_xl.task.task import refuse_other_tasks
 class TextToImage:
     """The denoising network of a text-to-image model; Rombach et al., 2112.10752, Podell et al., 2307.01952.
 
-    Delivered is a diffusers pipeline. Every field is the config's group or node of the same name.
+    Delivered is a diffusers pipeline. A field is the config's group or node of its name.
     """
 
     objective: Objective
@@ -160,7 +160,7 @@ class TextToImage:
             return images
 
         return Studio(
-            denoise=self.components.unet,
+            denoise=state.trainable.module,
             schedule=self.objective.schedule,
             parameterization=self.objective.parameterization,
             sampling=self.sampling,

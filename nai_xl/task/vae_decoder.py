@@ -7,6 +7,7 @@ on its own domain. With `trained=all` the whole autoencoder is trained, which is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import RankBatches, whole_batches
-from nai_xl.data.pixels import PixelBatch, PixelDataset
+from nai_xl.data.pixels import PixelBatch, PixelDataset, unreadable
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.console import counted
 from nai_xl.engine.loop import RunSettings
+from nai_xl.errors import UserError
 from nai_xl.evals.reconstruction import AutoencoderStudio
-from nai_xl.interfaces import Bucketing, Evaluator, Losses, Native, Stateful, Tracker
+from nai_xl.interfaces import Bucketing, Evaluator, Losses, Stateful, Tracker
+from nai_xl.memory.action import MemoryAction
 from nai_xl.model.autoencoder import save_autoencoder, trainable_autoencoder
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import refuse_other_tasks
@@ -36,19 +39,20 @@ Share = Annotated[float, Field(ge=0)]
 
 @dataclass(kw_only=True)
 class VaeDecoder:
-    """The mean squared error of each pixel. Every field without a default is the config's group of the same name.
+    """An autoencoder learns to paint pictures again, by the mean squared error of each pixel.
 
     trained: `decoder` freezes the encoder, so that latents keep their meaning and any network trained on them its use;
     `all` trains both. latent_noise: share of a latent channel's deviation that is added before decoding, for a decoder
     that forgives a sampler's small errors. channel_pull: weight of each latent channel's squared distance from mean 0
     and deviation 1, with trained=all. zoom and recolour: see data/pixels.py.
 
-    Delivered is the autoencoder as a diffusers folder, pipeline/vae.
+    Delivered is the autoencoder as a diffusers folder, pipeline/vae. A field without a default is the config's group of
+    its name.
     """
 
     bucketing: Bucketing
     evals: Sequence[Evaluator]
-    native: Native
+    memory: Sequence[MemoryAction]
     trained: Literal["decoder", "all"] = "decoder"
     latent_noise: Share = 0.0
     channel_pull: Share = 0.0
@@ -58,10 +62,14 @@ class VaeDecoder:
 
     def __post_init__(self) -> None:
         if self.channel_pull and self.trained == "decoder":
-            raise ValueError("channel_pull moves the encoder, which trained=decoder freezes; set trained=all")
+            reason = "moves the encoder, which task.trained=decoder freezes; set task.trained=all"
+            raise ValueError(f"channel_pull={self.channel_pull}: {reason}")
+        if foreign := [type(action).__name__ for action in self.memory if action.unets_only]:
+            raise UserError(f"memory: {foreign[0]} is for UNets, and task=vae_decoder has none; set 'memory=[sdpa]'")
 
     def refuse(self, index: Index) -> None:
         refuse_other_tasks(self.evals, "vae_decoder", "'evals=[reconstruction]'")
+        self._looked_at(index)
 
     def load(self, model: Callable[[], Any]) -> nn.Module:
         self.vae: Any = trainable_autoencoder(model().vae, latent_noise=self.latent_noise)
@@ -72,9 +80,17 @@ class VaeDecoder:
         return network
 
     def prepare(self, index: Index, cache: Any, strategy: Strategy, run: RunDirectory) -> Pictures:
-        """Nothing is encoded beforehand: the pictures themselves are read."""
-        held = list(dict.fromkeys(item for e in self.evals for item in e.held_out(index.held_out)))
-        return Pictures(index, self.bucketing, self.zoom, self.recolour, held)
+        """Leave out what cannot be read. Nothing is encoded beforehand: batches read the pictures themselves."""
+        share = [*index.items, *self._looked_at(index)][strategy.rank :: strategy.world]
+        with ThreadPoolExecutor(4) as pool:
+            found = [(item.path, why) for item, why in zip(share, pool.map(unreadable, share), strict=True) if why]
+        index = index.without(dict(strategy.gather_objects(found)))
+        refuse_empty(index, "data")
+        return Pictures(index, self.bucketing, self.zoom, self.recolour, self._looked_at(index))
+
+    def _looked_at(self, index: Index) -> list[Item]:
+        """The held-out images that evaluators look at."""
+        return list(dict.fromkeys(item for e in self.evals for item in e.held_out(index.held_out)))
 
     def loss(self, module: nn.Module, batch: PixelBatch) -> Losses:
         painted, latents = module(batch.pixels, batch.noise)
@@ -117,7 +133,7 @@ class VaeDecoder:
         return None
 
     def deliver(self, data: Pictures, weights: Mapping[str, Tensor], folder: Path) -> None:
-        save_autoencoder(self.vae, weights, folder / "vae")
+        save_autoencoder(self.vae, weights, folder)
 
     @property
     def delivered(self) -> str:

@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class Session:
-    """A run under the hands of this process. choices: group -> option."""
+    """This process's part in one run. choices: group -> option."""
 
     spec: Spec
     choices: Mapping[str, str]
@@ -52,8 +52,6 @@ class Session:
     def run(self, index: Index) -> None:
         """Train, or continue, or say that there is nothing left to do. The caller holds the run's lock."""
         spec, strategy, home = self.spec, self.strategy, self.home
-        if strategy.first:
-            write_config(home.path, spec.cfg)
         steps = spec.run.steps(len(index.items), strategy.world)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
         if checkpoints.latest_step() >= steps and home.pipeline.is_dir():
@@ -61,11 +59,12 @@ class Session:
             return
         if strategy.first:
             self.note.begin()
+            write_config(home.path, spec.cfg)
         network = spec.task.load(spec.model)
         data = spec.task.prepare(index, spec.cache, strategy, home)
         if strategy.first:
             data.write(home)
-        with self._tracker(index) as tracker, Stop() as stop:
+        with self._reporting(index) as (tracker, stop):
             trainable = spec.adapter(network)
             for action in spec.memory:
                 action.apply(trainable.module)
@@ -149,16 +148,16 @@ class Session:
         return profiler
 
     @contextmanager
-    def _tracker(self, index: Index) -> Iterator[Any]:
-        """What the first rank reports to, and the others do not."""
+    def _reporting(self, index: Index) -> Iterator[tuple[Any, Stop]]:
+        """What the first rank reports to, and the others do not; and whether a signal has asked for an end."""
         spec, strategy = self.spec, self.strategy
         tracker = spec.tracker(run_dir=self.home.path) if strategy.first else NoTracker()
         try:
-            with tracker:
+            with tracker, Stop() as stop:
                 chosen = {**self.choices, **config.flat(spec.cfg), "data_fingerprint": index.fingerprint()}
                 tracker.params(chosen, {"seed": str(spec.run.seed), "git_commit": git_commit()})
                 tracker.artifact(self.home.config)
-                yield tracker
+                yield tracker, stop
         except Stopped:
             # torchrun ends all processes soon after the first; the tracker's is done now
             strategy.wait()
