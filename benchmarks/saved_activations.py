@@ -16,12 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nai_xl.memory import channels_last
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.attention import Sdpa
 from nai_xl.memory.channels_last import ChannelsLast
 from nai_xl.memory.gradient_checkpointing import GradientCheckpointing
 from nai_xl.model.sdxl.configs import SDXL_BASE
+from nai_xl.optimizer import dry_run
 
 ROWS: dict[str, list[MemoryAction]] = {
     "math": [Sdpa("math")],
@@ -38,20 +38,6 @@ MATH = F.scaled_dot_product_attention  # what the meta device takes it for
 
 def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-
-class FusedGroupNorm(torch.autograd.Function):
-    """Keeps what group_norm_triton.GroupNormSilu keeps; kernels have nothing to run on here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(x, weight, bias, x.new_empty(2, len(x), groups, dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.empty_like(dy), None, None, None
 
 
 def forward(unet: UNet2DConditionModel, edge: int) -> Tensor:
@@ -85,17 +71,14 @@ def count(actions: list[MemoryAction], edge: int) -> tuple[int, int, int]:
     return sum(storages.values()), each, counter.get_total_flops()
 
 
-def fused_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    return FusedGroupNorm.apply(x, weight, bias, groups)
-
-
 def main(pixels: int) -> None:
     print("| options | saved, GiB | one copy for each layer, GiB | forward and backward, TFLOP |\n|---|---|---|---|")
     for name, actions in ROWS.items():
+        kernel = MATH if name == "math" else flash
         with (
-            mock.patch.object(channels_last, "group_norm", fused_group_norm),
-            mock.patch.object(F, "scaled_dot_product_attention", MATH if name == "math" else flash),
-        ):
+            dry_run.of_a_gpu(),
+            mock.patch.object(F, "scaled_dot_product_attention", kernel),
+        ):  # as on a GPU
             saved, each, flops = count(actions, pixels // 8)
         print(f"| {name} | {saved / 2**30:.2f} | {each / 2**30:.2f} | {flops / 1e12:.2f} |", flush=True)
 

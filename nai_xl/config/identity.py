@@ -64,7 +64,9 @@ def open_ended(cfg: DictConfig) -> bool:
 
 def run_dir(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
     """Where this run lies: <output_dir>/<name>-<signature>, or the directory in which version 0.1 began it."""
-    name = cfg.name or "-".join(choices.get(group, group) for group in HEADLINE)
+    of_images = choices.get("task", "text_to_image") == "text_to_image"
+    groups = HEADLINE if of_images else ("task", "model")  # other tasks have no schedule and no loss of their own
+    name = cfg.name or "-".join(choices.get(group, group) for group in groups)
     home = Path(cfg.output_dir) / f"{name}-{signature(cfg)}"
     return home if home.exists() else _begun_by_0_1(home) or home
 

@@ -71,7 +71,7 @@ def assemble(
     if in_backward:
         if any(group.keys() != {"params"} for group in trainable.groups):
             raise UserError(
-                "memory: optimizer_in_backward knows one rate for the whole network, and this adapter asks for several; "
+                "memory: optimizer_in_backward knows one rate for all of a network, and this adapter asks for several; "
                 "set '~memory.optimizer_in_backward'"
             )
         module, _ = strategy.wrap(trainable.module)

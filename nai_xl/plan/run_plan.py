@@ -89,6 +89,7 @@ class RunPlan:
 def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machines()) -> RunPlan:
     """Rehearse the step that a composed config describes. Raises UserError for what could not be trained."""
     config.check(cfg, only=[group for group in CHECKED if group in cfg])
+    refuse_unplanned(choices)
     build = functools.partial(config.build, plugins=tuple(cfg.plugins))
     settings: RunSettings = build(cfg.run)
     actions: list[MemoryAction] = [build(node) for node in (cfg.get("memory") or {}).values() if "_target_" in node]
@@ -110,6 +111,13 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     half = computed != "no" or any(action.weights_in is not None for action in actions)
     forward = by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
     return RunPlan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host)
+
+
+def refuse_unplanned(choices: Mapping[str, str]) -> None:
+    """Raise UserError for another task or adapter: what is rehearsed is the training of a whole UNet."""
+    for group, planned in (("task", "text_to_image"), ("adapter", "full")):
+        if choices.get(group, planned) != planned:
+            raise UserError(f"{group}={choices[group]}: a plan knows {group}={planned} only")
 
 
 def skeleton_of(model: DictConfig, plugins: tuple[str, ...] = ()) -> Callable[[], Any]:
