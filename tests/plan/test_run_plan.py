@@ -150,6 +150,15 @@ def test_a_preset_chooses_and_the_user_overrules(written: str) -> None:
     assert own.precision.autocast == "bf16" and set(own.memory) == set(cfg.memory)
 
 
+def test_a_preset_beats_a_recipe() -> None:
+    """A recipe is sized for one card, and a preset is chosen on top of it for another."""
+    cfg = config.compose(["recipe=sdxl_nai_v3", "hardware=gpu_24gb", "model.path=x", "data.dir=."])
+    assert set(cfg.memory) == {"sdpa", "channels_last", "bf16_weights", "gradient_checkpointing"}
+    assert cfg.optimizer._target_.endswith("AdamW8bit") and cfg.run.batch_size == 8
+    old = config.compose(["recipe=sdxl_nai_v3", "memory=gpu_24gb", "model.path=x", "data.dir=."])
+    assert old == cfg
+
+
 def test_a_preset_can_have_more_beside_it() -> None:
     assert set(config.compose(["memory=[cpu,gradient_checkpointing]"]).memory) == {"sdpa", "gradient_checkpointing"}
 
