@@ -1,6 +1,6 @@
 """Shared by all tests: a cache of their own, and small photographs to train on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from nai_xl import config
+from nai_xl.evals import method_figure
+from nai_xl.evals.method_figure import Legend, Variant
 from nai_xl.interfaces import Batch
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they bring
@@ -28,6 +30,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled blocks run torch's traced graphs as they are: making kernels of them takes a minute and a compiler."""
     monkeypatch.setattr("nai_xl.memory.compile.BACKEND", "aot_eager")
+
+
+DRAWN: dict[tuple[bytes, ...], Image.Image] = {}  # figures of the method, by all that goes into them
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal figures of the method are drawn once in a process: one takes as long as the rest of a short run."""
+
+    def method(variants: Sequence[Variant], title: str, *headings: Legend) -> Image.Image:
+        tables = [table.numpy().tobytes() for v in variants for table in vars(v.diagnosis).values()]
+        words = repr([title, *headings, *((v.colour, v.style) for v in variants)]).encode()
+        key = (words, *tables)
+        if key not in DRAWN:
+            DRAWN[key] = draw(variants, title, *headings)
+        return DRAWN[key].copy()
+
+    draw = method_figure.method
+    monkeypatch.setattr(method_figure, "method", method)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_reconstructions_are_measured_and_shown(autoencoder: Compose) -> None:
         (["evals=[sample_grid]", "~evals.reconstruction"], r"evals=\[reconstruction\]"),
         (["memory=[bf16_weights]", "optimizer=adamw_bf16"], r"Bf16Weights is for UNets"),
         (["memory=[attention_slicing]"], r"AttentionSlicing is for UNets"),
-        (["task.channel_pull=0.1"], r"task: channel_pull=0\.1.*task\.trained=all"),
+        (["task.channel_pull=0.1"], r"task\.channel_pull=0\.1.*task\.trained=all"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_weight_is_read(
