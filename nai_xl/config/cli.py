@@ -37,9 +37,10 @@ class SweepOfArms(Protocol):
 
 
 def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None = None) -> Callable[[], None]:
-    """`job` as a command line program: Hydra composes, `check` looks, mistakes are one message and exit status 1.
+    """`job` as a command line program: Hydra composes, `check` refuses mistakes with one message and exit status 1.
 
-    Arms of a --multirun are `sweep`'s to train, unless hydra/launcher is another one; without it, this process's.
+    `sweep` trains the arms of a --multirun, unless hydra/launcher names another launcher. Without --multirun, this
+    process runs `job` itself.
     """
 
     failed: list[UserError] = []

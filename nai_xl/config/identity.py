@@ -182,7 +182,7 @@ def _of_0_1(run: Path) -> str | None:
 
 @functools.cache
 def _of_stored(run: Path, changed: int) -> str:
-    """Of the config.yaml that was changed at that time: a sweep asks for each of its arms."""
+    """The signature of the run's config.yaml. `changed`, its modification time, makes a rewritten file be read anew."""
     return signature(legacy.stored_config(run))
 
 

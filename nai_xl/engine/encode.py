@@ -137,8 +137,10 @@ def _by_bucket(jobs: Sequence[tuple[Item, LatentRef]]) -> Iterator[tuple[list[tu
 
 
 def filled(rows: list[T], size: int) -> list[T]:
-    """`rows` with the last one repeated up to `size`. Batches of unlike sizes take unlike kernels and round unlike, so
-    that what else there was to encode would show in a latent's last digits; and training makes much of these.
+    """`rows` with the last one repeated up to `size`, so that every batch has the same size.
+
+    Batches of different sizes use different kernels and round differently. Without this, a latent's last digits would
+    depend on what else was encoded with it.
     """
     return rows + rows[-1:] * (size - len(rows))
 

@@ -30,5 +30,5 @@ def _refuse_two_attentions(actions: Sequence[MemoryAction]) -> None:
 
 
 def autocast(actions: Sequence[MemoryAction], precision: Precision) -> Precision:
-    """What accelerate is to cast to: nothing if an action gives the weights a type, in which all is computed then."""
+    """The autocast precision: "no" if an action sets the type of the weights, in which all is then computed."""
     return "no" if any(action.weights_in is not None for action in actions) else precision

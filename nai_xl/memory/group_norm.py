@@ -34,7 +34,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 
 
 class DryGroupNorm(torch.autograd.Function):
-    """The bytes of group_norm_triton.GroupNormSilu: it keeps x and two numbers by group, and gives what x is."""
+    """What group_norm_triton.GroupNormSilu costs in memory: it keeps x and two numbers per group, and returns x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:

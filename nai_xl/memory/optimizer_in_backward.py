@@ -13,8 +13,8 @@ from nai_xl.memory.action import MemoryAction
 class OptimizerInBackward(MemoryAction):
     """Update each block within the backward pass, so that gradients never lie in memory all at once.
 
-    A memory action that changes nothing of the model: the loop's update becomes UpdateInBackward, where it is told what
-    this does to clipping. Equal to the usual update while the gradient's norm stays within run.max_grad_norm.
+    This memory action leaves the model as it is and makes UpdateInBackward the loop's update; that class says what
+    becomes of clipping. The result is the usual update's while the gradient's norm stays within run.max_grad_norm.
     """
 
     tolerance = 1e-4

@@ -62,7 +62,7 @@ def _as_then(kind: str, dtype: torch.dtype | None) -> AbstractContextManager[Any
 def can_be_unread(layer: Any) -> bool:
     """Whether `unread` knows the layer: a plain linear one, or a plain convolution that keeps height and width.
 
-    Nobody may look at its value: no hook, and no forward of somebody else's.
+    A layer with hooks or a replaced forward is refused, because those may read the layer's value.
     """
     if not isinstance(layer, nn.Module) or "forward" in vars(layer) or layer._forward_hooks:
         return False
