@@ -1,5 +1,6 @@
-"""Shared by all tests: a cache of their own, and small photographs to train on."""
+"""Shared by all tests: a cache of their own, commands typed in this process, and small photographs to train on."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,23 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     draw = method_figure.method
     monkeypatch.setattr(method_figure, "method", method)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command's main() with these arguments; what it printed, or its error when it must stop with `status`."""
+
+    def run(main: Callable[[], None], *arguments: str, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        if status:
+            with pytest.raises(SystemExit) as stopped:
+                main()
+            assert stopped.value.code == status
+            return capsys.readouterr().err
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture

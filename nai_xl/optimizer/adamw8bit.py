@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nai_xl.optimizer import blockwise, dry_run, multi_tensor
-from nai_xl.optimizer.adamw_bf16 import AdamWBf16, bias_corrections
+from nai_xl.optimizer import blockwise, multi_tensor
+from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 from nai_xl.optimizer.rounding import random_words
 from nai_xl.optimizer.stochastic import flat
 
@@ -32,23 +32,22 @@ class AdamW8bit(AdamWBf16):
     def kind(self, p: Tensor, group: dict[str, Any]) -> Any:
         return blockwise.fits(p), super().kind(p, group)
 
-    def update(self, group: dict[str, Any], params: list[Tensor], steps: Tensor, keys: Tensor) -> None:
-        if not blockwise.fits(params[0]):
-            super().update(group, params, steps, keys)
-            return
-        if dry_run.active():  # the kernel writes in place
-            return
-        corrections = bias_corrections(group, steps)
-        if multi_tensor.available(params[0]):
+    def update_all(self, group: dict[str, Any], params: list[Tensor], corrections: Tensor, keys: Tensor) -> None:
+        if blockwise.fits(params[0]):
             multi_tensor.adamw8bit(self, group, params, corrections, keys)
+        else:
+            super().update_all(group, params, corrections, keys)
+
+    def update_one(self, group: dict[str, Any], p: Tensor, correction: Tensor, key: Tensor) -> None:
+        if not blockwise.fits(p):
+            super().update_one(group, p, correction, key)
             return
-        for p, correction, key in zip(params, corrections, keys, strict=True):
-            state = self.state[p]
-            m = blockwise.decode(flat(state["exp_avg_codes"]), state["exp_avg_scales"], True)
-            v = blockwise.decode(flat(state["exp_avg_sq_codes"]), state["exp_avg_sq_scales"], False)
-            w, m, v = self.moved(group, p, m, v, correction)
-            self.write(p, w, random_words(key, p.numel()) & 0xFFFF)
-            for name, value, signed in (("exp_avg", m, True), ("exp_avg_sq", v, False)):
-                codes, scales = blockwise.encode(value, signed)
-                self.keep(state[f"{name}_codes"], codes)
-                self.keep(state[f"{name}_scales"], scales)
+        state = self.state[p]
+        m = blockwise.decode(flat(state["exp_avg_codes"]), state["exp_avg_scales"], True)
+        v = blockwise.decode(flat(state["exp_avg_sq_codes"]), state["exp_avg_sq_scales"], False)
+        w, m, v = self.moved(group, p, m, v, correction)
+        self.write(p, w, random_words(key, p.numel()) & 0xFFFF)
+        for name, value, signed in (("exp_avg", m, True), ("exp_avg_sq", v, False)):
+            codes, scales = blockwise.encode(value, signed)
+            self.keep(state[f"{name}_codes"], codes)
+            self.keep(state[f"{name}_scales"], scales)

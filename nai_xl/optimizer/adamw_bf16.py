@@ -47,12 +47,17 @@ class AdamWBf16(StochasticOptimizer):
             return
         corrections = bias_corrections(group, steps)
         if multi_tensor.available(params[0]):
-            multi_tensor.adamw(self, group, params, corrections, keys)
+            self.update_all(group, params, corrections, keys)
             return
         for p, correction, key in zip(params, corrections, keys, strict=True):
-            self._one(group, p, correction, key)
+            self.update_one(group, p, correction, key)
 
-    def _one(self, group: dict[str, Any], p: Tensor, correction: Tensor, key: Tensor) -> None:
+    def update_all(self, group: dict[str, Any], params: list[Tensor], corrections: Tensor, keys: Tensor) -> None:
+        """One Triton kernel for all of `params`, which are of one kind."""
+        multi_tensor.adamw(self, group, params, corrections, keys)
+
+    def update_one(self, group: dict[str, Any], p: Tensor, correction: Tensor, key: Tensor) -> None:
+        """The same in plain torch. `correction` is [2], a row of bias_corrections."""
         state, words = self.state[p], random_words(key, p.numel())
         m, v = flat(state["exp_avg"]).float(), flat(state["exp_avg_sq"]).float()
         w, m, v = self.moved(group, p, m, v, correction)

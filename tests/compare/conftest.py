@@ -1,7 +1,9 @@
 """The sweep of losses.py, compared in the ways that a user compares it."""
 
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -31,21 +33,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def told(outputs: Path, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., str]) -> Command:
     """Runs the command beside the sweep; what it printed."""
     monkeypatch.chdir(outputs.parent)
-
-    def run(*arguments: str, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
-        if status:
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            assert stopped.value.code == status
-            return capsys.readouterr().err
-        main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(typed, main)
 
 
 @pytest.fixture(scope="session")

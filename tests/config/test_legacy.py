@@ -152,7 +152,7 @@ def test_a_damaged_config_of_0_1_is_passed_over_and_told_to_who_asks_for_it(outp
     with (folder / "config.yaml").open("a") as file:
         file.write("this: is: no yaml\n")
     assert place(outputs) != folder
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
         config.stored_config(folder)
     (folder / "config.yaml").write_text("- a\n- list\n")
     with pytest.raises(UserError, match=r"config\.yaml is no config"):

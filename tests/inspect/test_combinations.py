@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,21 +181,10 @@ def test_a_weighting_that_learns_is_asked_where_it_lies() -> None:
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., str]) -> Callable[..., str]:
     """Runs the command in a directory of its own; what it printed."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["inspect", *arguments])
-        if status:
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            assert stopped.value.code == status
-            return capsys.readouterr().err
-        main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(typed, main)
 
 
 def test_refused_pairs_stand_in_the_table_with_their_reason(told: Callable[..., str]) -> None:

@@ -1,8 +1,8 @@
 """The command line of the plan, its arithmetic against closed forms, and that every preset trains."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,20 +29,9 @@ PRESETS = sorted(path.stem for path in (config.conf_dir() / "hardware").glob("gp
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def told(typed: Callable[..., str]) -> Callable[..., str]:
     """Runs the command; what it printed."""
-
-    def run(*arguments: str, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["plan", *arguments])
-        if status:
-            with pytest.raises(SystemExit) as stopped:
-                command.main()
-            assert stopped.value.code == status
-            return capsys.readouterr().err
-        command.main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(typed, command.main)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
