@@ -243,6 +243,10 @@ class Evaluator(Protocol):
     name begins with, the longest counts: {"mine/": "lower", "mine/hits": "higher"}. A metric without an entry has no
     good direction: a comparison calls it "higher" or "lower" instead of "better" or "worse".
 
+    equal_within: the largest difference that nobody minds, by the beginning of the metrics' names as well: "2%" of the
+    baseline, or "0.1" in the metric's units. A comparison says "equal within 2 %" where it is sure of that. A positive
+    error without an entry has 2 %, any other metric without an entry has none.
+
     changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
     their evaluators alone are one run.
 
@@ -250,6 +254,7 @@ class Evaluator(Protocol):
     """
 
     better: ClassVar[Mapping[str, Direction]]
+    equal_within: ClassVar[Mapping[str, str]]
     changes_weights: ClassVar[bool]
     every: int
     looks_at: ClassVar[str]

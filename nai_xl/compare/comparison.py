@@ -11,7 +11,7 @@ from nai_xl.compare.costs import Cost, Target, cost, images_to_target
 from nai_xl.compare.rows import Row, judged, measure
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, different_keys
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import Directions, declared
+from nai_xl.compare.verdicts import Directions, Margins, declared
 from nai_xl.errors import UserError
 
 
@@ -23,6 +23,7 @@ class Question:
     question: str = ""
     baseline: str = ""  # 'schedule=ztsnr,loss=minsnr'; empty: the first arm
     metrics: Sequence[str] = ()  # empty: all that evaluators measured
+    equivalence: str = ""  # "2%", or in the metrics' units; empty: what the metrics declare
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,13 @@ class Comparison:
         return [row for row in self.rows if row.metric == metric]
 
 
-def compare(runs: Sequence[Run], asked: Question, directions: Directions | None = None) -> Comparison:
+def compare(
+    runs: Sequence[Run], asked: Question, directions: Directions | None = None, margins: Margins | None = None
+) -> Comparison:
     """Compare the arms of `runs` with the baseline.
 
-    `directions`: from verdicts.declared; without them, those of the project's own evaluators. Raises UserError when
+    `directions` and `margins`: from verdicts.declared and declared_margins; without them, those of the project's own
+    evaluators. Raises UserError when
     there is nothing to compare: one arm, an unknown baseline, no metric in common.
     """
     directions = declared(()) if directions is None else directions
@@ -84,5 +88,6 @@ def compare(runs: Sequence[Run], asked: Question, directions: Directions | None 
         notes = [*notes, f"no baseline was named, so {baseline.label} is it; baseline=ARM names another"]
     metrics, absent = choose_metrics(arms, asked.metrics)
     notes = [*notes, *(f"{metric} was measured in no run" for metric in absent)]
-    rows = [measure(metric, arm, baseline) for metric in metrics for arm in arms[1:]]
-    return Comparison(asked, baseline.label, arms, metrics, judged(rows, directions), directions, notes)
+    rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]
+    rows = judged(rows, directions, margins, asked.equivalence)
+    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes)

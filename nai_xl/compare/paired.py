@@ -1,10 +1,10 @@
-"""Statistics of paired arms: how certain a difference is between arms that share seeds and evaluation items.
+"""Paired differences: how certain a difference is between arms that share seeds and evaluation items.
 
 Pure functions over tables [S seeds, I items] of float64; a metric without items has I = 1. Sources:
-[Clark] The language-as-fixed-effect fallacy, J. Verbal Learning and Verbal Behavior 12 (1973) 335, quasi-F;
-[Hillis] A comparison of denominator degrees of freedom methods, Statistics in Medicine 26 (2007) 596: readers x cases;
 [Owen] The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007) 386;
 [Satterthwaite] An approximate distribution of estimates of variance components, Biometrics Bulletin 2 (1946) 110;
+[Schuirmann] A comparison of the two one-sided tests procedure, J. Pharmacokinetics and Biopharmaceutics 15 (1987) 657;
+[Shaffer] Modified sequentially rejective multiple test procedures, J. American Statistical Association 81 (1986) 826;
 [Welch] The generalization of Student's problem, Biometrika 34 (1947) 28;
 [Holm] A simple sequentially rejective multiple test procedure, Scand. J. Statistics 6 (1979) 65.
 """
@@ -13,112 +13,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import special
 
-Array = NDArray[np.float64]
+from nai_xl.compare.crossed import LEVEL, Array, Crossed, critical_t, crossed, resolution
 
-LEVEL = 0.05  # intervals hold 95 %; a verdict asks for an adjusted p below it
 RESAMPLES = 2000
-
-
-def two_sided_p(t: float, df: float) -> float:
-    """P(|T| >= |t|) of Student's t with `df` > 0 degrees of freedom, which need not be an integer.
-
-    The incomplete beta function in both of its forms: special.stdtr uses the second alone, and is wrong from the ninth
-    digit where df / (df + t t) is close to 1.
-    """
-    if abs(t) < 1:
-        return float(special.betaincc(0.5, df / 2, t * t / (df + t * t)))
-    return float(special.betainc(df / 2, 0.5, df / (df + t * t)))
-
-
-def critical_t(df: float, level: float = LEVEL) -> float:
-    """The t whose two_sided_p is `level`."""
-    return float(special.stdtrit(df, 1 - level / 2))
-
 
 # --- one difference ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Part:
-    """A share of the variance of a mean, with the degrees of freedom that it was estimated with."""
-
-    variance: float
-    df: int
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The variance of a mean as the sum of independently estimated parts."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def variance(self) -> float:
-        return sum(part.variance for part in self.parts)
-
-    @property
-    def df(self) -> float:
-        """[Satterthwaite]'s, computed from the parts' shares because the square of a variance can underflow. If all
-        parts are 0, those of the first.
-        """
-        whole = self.variance
-        if not whole:
-            return self.parts[0].df
-        return 1 / sum((part.variance / whole) ** 2 / part.df for part in self.parts)
-
-    @property
-    def half_width(self) -> float:
-        """Half the width of the 95 % interval."""
-        return critical_t(self.df) * math.sqrt(self.variance) if self.variance else 0.0
-
-
-def spread(table: Array) -> Spread:
-    """How far the mean of `table` [S, I] would move with other seeds and other items. Needs S >= 2 or I >= 2.
-
-    Seeds and items are crossed: every seed meets every item, so values that share a seed or an item are not
-    independent. By the expected mean squares of the two-way layout, var(mean) = (MS_S + MS_I - MS_SI) / SI ([Clark];
-    [Hillis], where every reader reads every case). It has two parts: the seeds' MS_S / SI, with S - 1 degrees of
-    freedom, and what the items add, (MS_I - MS_SI) / SI but at least 0, with I - 1. The sum is never less than the
-    variance of the mean over S seeds; where the items add nothing, it is the plain t-interval over seeds. [Hillis]
-    leaves out the items' degrees of freedom, which matter if there are few items. With S = 1 only the items vary, with
-    I = 1 only the seeds.
-    """
-    seeds, items = table.shape
-    if seeds == 1:
-        return Spread((Part(float(table.var(ddof=1)) / items, items - 1),))
-    of_seeds = Part(float(table.mean(1).var(ddof=1)) / seeds, seeds - 1)
-    return Spread((of_seeds,)) if items == 1 else Spread((of_seeds, _of_items(table)))
-
-
-def _of_items(table: Array) -> Part:
-    """(MS_I - MS_SI) / SI, not below 0."""
-    seeds, items = table.shape
-    by_item = float(table.mean(0).var(ddof=1)) / items  # MS_I / SI
-    rest = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
-    both = float((rest**2).sum()) / ((seeds - 1) * (items - 1)) / (seeds * items)  # MS_SI / SI
-    return Part(max(by_item - both, 0.0), items - 1)
-
-
-@dataclass(frozen=True)
 class Effect:
-    """A paired difference, arm minus baseline. A single run on each side has no interval: its fields are None."""
+    """A paired difference, arm minus baseline. A single run on each side has no interval: its fields are None.
 
-    difference: float
+    Positive errors are compared by their ratios: `estimate` is then the mean log ratio, and differences are what that
+    ratio makes of the baseline's mean. Otherwise `estimate` is the difference itself.
+    """
+
+    difference: float  # in the metric's units, as the further fields down to unpaired_seeds
     low: float | None  # 95 % interval
     high: float | None
     p: float | None  # two-sided, of this comparison alone
-    df: float | None
     bootstrap: tuple[float, float] | None  # for comparison only: too narrow with few seeds
     unpaired: float | None  # half the width that the interval would have if each arm had other seeds and other items
     unpaired_seeds: float | None  # the same with other seeds, but the same items; None with a single seed
     seeds: int
     items: int  # 1: the metric has no items
+    estimate: float
+    spread: Crossed | None  # of the estimate
+    ratio: bool = False
 
     @property
     def factor(self) -> float | None:
@@ -135,36 +60,112 @@ class Effect:
             return None
         return 2 * half / (self.high - self.low)
 
+    def equal_p(self, margin: float) -> float | None:
+        """The p of the claim that the true estimate lies within +-`margin`: the larger of two one-sided tests
+        ([Schuirmann]). None without a spread.
+        """
+        if self.spread is None:
+            return None
+        inside = margin - abs(self.estimate)
+        return self.spread.p(inside) / 2 if inside > 0 else 1.0
 
-def effect(arm: Array, baseline: Array) -> Effect:
+    def seeds_to_decide(self, margin: float | None) -> int | None:
+        """About how many seeds would show this estimate to differ from 0 or, if it is smaller than `margin`, to lie
+        within it, whichever takes fewer. None if no number does.
+        """
+        if self.spread is None or self.spread.seeds < 2:
+            return None
+        goals = [abs(self.estimate), *([margin - abs(self.estimate)] if margin is not None else [])]
+        return self.spread.seeds_for(max(goals))
+
+
+def effect(arm: Array, baseline: Array, *, ratio: bool = False) -> Effect:
     """The difference of two tables [S, I] whose rows are the same seeds and whose columns are the same items.
 
-    The interval and p are Student's t with the variance and degrees of freedom of `spread`. The percentile bootstrap is
-    given for comparison only: with 3 seeds it contains the true difference in about 75 % of cases instead of 95, as
+    With `ratio` all values must be positive. The interval and p are those of crossed.Crossed. The percentile bootstrap
+    is given for comparison only: with 3 seeds it contains the true difference in about 75 % of cases instead of 95, as
     tests/compare/test_paired.py simulates.
     """
+    step, mean = resolution(arm, baseline), float(baseline.mean())
+    if ratio:
+        return _in_units(_effect(np.log(arm), np.log(baseline), step / mean), mean)
+    return _effect(arm, baseline, step)
+
+
+def _effect(arm: Array, baseline: Array, step: float) -> Effect:
     table = arm - baseline
+    seeds, items = table.shape
     mean = float(table.mean())
-    shape = seeds, _ = table.shape
+    plain = Effect(mean, None, None, None, None, None, None, seeds=seeds, items=items, estimate=mean, spread=None)
     if table.size == 1:
-        return Effect(mean, None, None, None, None, None, None, None, *shape)
-    found, apart = spread(table), Spread(spread(arm).parts + spread(baseline).parts)
-    unpaired = apart.half_width or None
-    unpaired_seeds = _other_seeds(arm, baseline).half_width or None if seeds > 1 else None
+        return plain
+    unpaired, unpaired_seeds = unpaired_half_widths(arm, baseline)
+    plain = replace(plain, unpaired=unpaired, unpaired_seeds=unpaired_seeds)
     if not table.any():  # the same numbers in both arms: nothing to be uncertain of
-        return Effect(0.0, 0.0, 0.0, 1.0, found.df, (0.0, 0.0), unpaired, unpaired_seeds, *shape)
-    half, error = found.half_width, math.sqrt(found.variance)
-    # without any spread the difference is the same everywhere, and certain
-    p = two_sided_p(mean / error, found.df) if error else float(mean == 0)
-    return Effect(mean, mean - half, mean + half, p, found.df, bootstrap(table), unpaired, unpaired_seeds, *shape)
+        return replace(plain, low=0.0, high=0.0, p=1.0, bootstrap=(0.0, 0.0), spread=crossed(table))
+    found = crossed(table, step)
+    half = found.half_width()
+    return replace(
+        plain, low=mean - half, high=mean + half, p=found.p(mean), bootstrap=bootstrap(table), spread=found
+    )  # fmt: skip
 
 
-def _other_seeds(arm: Array, baseline: Array) -> Spread:
-    """The spread of the difference if the arms had different seeds but the same items: [Welch]'s parts for the seeds,
-    and what the items add to the paired difference.
+def _in_units(logs: Effect, baseline: float) -> Effect:
+    """`logs` in the metric's units; half widths, which are not symmetric on this scale, to first order."""
+
+    def in_units(log: float | None) -> float | None:
+        return None if log is None else baseline * math.expm1(log)
+
+    booted = logs.bootstrap and (baseline * math.expm1(logs.bootstrap[0]), baseline * math.expm1(logs.bootstrap[1]))
+    return replace(
+        logs,
+        difference=baseline * math.expm1(logs.estimate),
+        low=in_units(logs.low),
+        high=in_units(logs.high),
+        bootstrap=booted,
+        unpaired=None if logs.unpaired is None else baseline * logs.unpaired,
+        unpaired_seeds=None if logs.unpaired_seeds is None else baseline * logs.unpaired_seeds,
+        ratio=True,
+    )
+
+
+# --- without pairing --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the variance of a mean, with the degrees of freedom that it was estimated with."""
+
+    variance: float
+    df: int
+
+
+def unpaired_half_widths(arm: Array, baseline: Array) -> tuple[float | None, float | None]:
+    """Half the widths of the interval if the arms had other seeds and items, and if they had other seeds alone."""
+    sides = [_parts(crossed(table)) for table in (arm, baseline)]
+    everything = _half_width([part for side in sides for part in side]) or None
+    if len(arm) == 1:
+        return everything, None
+    of_seeds = [side[0] for side in sides]
+    return everything, _half_width([*of_seeds, *_parts(crossed(arm - baseline))[1:]]) or None
+
+
+def _parts(found: Crossed) -> list[Part]:
+    """What seeds add to the variance of the mean, and what items add to it."""
+    of_seeds = [Part(found.of_seeds, found.seeds - 1)] if found.seeds > 1 else []
+    of_items = [Part(max(found.of_items - found.of_both, 0.0), found.items - 1)] if found.items > 1 else []
+    return of_seeds + of_items
+
+
+def _half_width(parts: Sequence[Part]) -> float:
+    """Of Welch's interval, with [Satterthwaite]'s degrees of freedom, computed from the parts' shares because the
+    square of a variance can underflow.
     """
-    seeds = tuple(spread(table).parts[0] for table in (arm, baseline))
-    return Spread(seeds + spread(arm - baseline).parts[1:])
+    whole = sum(part.variance for part in parts)
+    if not whole:
+        return 0.0
+    df = 1 / sum((part.variance / whole) ** 2 / part.df for part in parts)
+    return critical_t(df) * math.sqrt(whole)
 
 
 def bootstrap(table: Array, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -178,14 +179,17 @@ def bootstrap(table: Array, resamples: int = RESAMPLES) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p of several tests, in their order. If every p below 0.05 counts as a finding, the chance of any false
+def holm(p: Sequence[float], possible: int | None = None) -> list[float]:
+    """Adjusted p of several claims, in their order. If every p below 0.05 counts as a finding, the chance of any false
     finding is at most 5 % ([Holm]). The smallest p is multiplied by n, the next by n - 1 and so on; none is less than
     the one before, or more than 1.
+
+    `possible`: how many of the claims can be false at once, where not all can ([Shaffer]); no p is multiplied by more.
     """
     adjusted, least = [0.0] * len(p), 0.0
+    most = len(p) if possible is None else possible
     for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        least = max(least, min(1.0, (len(p) - place) * p[i]))
+        least = max(least, min(1.0, min(most, len(p) - place) * p[i]))
         adjusted[i] = least
     return adjusted
 
@@ -205,6 +209,9 @@ def ratio(arm: Sequence[float], baseline: Sequence[float]) -> tuple[float, float
     """The geometric mean of arm / baseline over paired seeds, all positive, and its 95 % interval: t on the logarithms.
     A single seed has no interval.
     """
-    found = effect(np.log(np.array(arm))[:, None], np.log(np.array(baseline))[:, None])
-    ends = [None if end is None else math.exp(end) for end in (found.low, found.high)]
-    return math.exp(found.difference), ends[0], ends[1]
+    logs = np.log(np.array(arm) / np.array(baseline))[:, None]
+    middle = float(logs.mean())
+    if len(logs) == 1:
+        return math.exp(middle), None, None
+    half = crossed(logs).half_width()
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)

@@ -5,14 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 import numpy as np
 
 from nai_xl.compare.arms import ArmRuns
-from nai_xl.compare.paired import Array, Effect, effect, holm
+from nai_xl.compare.crossed import LEVEL
+from nai_xl.compare.items import item_tables
+from nai_xl.compare.paired import Effect, effect, holm
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import FAILED, NO_PAIRS, NOT_MEASURED, Directions, verdict
+from nai_xl.compare.verdicts import (
+    ERRORS_WITHIN,
+    FAILED,
+    IDENTICAL,
+    NO_PAIRS,
+    NO_VERDICT,
+    NOT_MEASURED,
+    ONE_SEED,
+    TWO_SEEDS,
+    UNDECIDED,
+    Claims,
+    Directions,
+    Margins,
+    better_direction,
+    margin_of,
+    parse_margin,
+    verdict,
+)  # fmt: skip
+
+LEAST_SEEDS = 3  # two seeds show whether a sweep runs; the spread of two is known to a factor of 30
 
 
 @dataclass(frozen=True)
@@ -25,22 +45,44 @@ class Row:
     mean: float | None = None  # over the paired seeds
     baseline_mean: float | None = None
     effect: Effect | None = None
-    p_holm: float | None = None
+    p_holm: float | None = None  # that the arm differs
+    p_equal: float | None = None  # that it differs by less than the margin; adjusted together with p_holm
+    margin: str | None = None  # "2%", or in the metric's units
+    seeds_needed: int | None = None  # of an undecided arm: about how many would decide, 0 where no number does
     seeds: Sequence[int] = ()
     step: int | None = None
     images: float | None = None
+    broken: str = ""  # why there is no verdict although there is a difference
     notes: Sequence[str] = ()
 
     @property
     def percent(self) -> float | None:
         """The difference in per cent of the baseline's mean."""
-        if self.effect is None or not self.baseline_mean:
+        return None if self.effect is None else self.in_percent(self.effect.difference)
+
+    def in_percent(self, difference: float) -> float | None:
+        return 100 * difference / abs(self.baseline_mean) if self.baseline_mean else None
+
+    @property
+    def tested_margin(self) -> float | None:
+        """The margin on the scale of effect.estimate; None if there is none, or the baseline is 0."""
+        if self.margin is None or self.effect is None:
             return None
-        return 100 * self.effect.difference / abs(self.baseline_mean)
+        value, share = parse_margin(self.margin)
+        mean = abs(self.baseline_mean or 0.0)
+        if share and not mean:
+            return None
+        if self.effect.ratio:
+            return math.log1p(value if share else value / mean)
+        return value * mean if share else value
 
 
-def measure(metric: str, arm: ArmRuns, baseline: ArmRuns) -> Row:
-    """The row without Holm's adjustment and the verdict, which depend on all the other rows; see `judged`."""
+def measure(metric: str, arm: ArmRuns, baseline: ArmRuns, directions: Directions | None = None) -> Row:
+    """The row without what depends on all the other rows, its adjusted p and its verdict; see `judged`.
+
+    A metric whose lower values are better and whose values are all above 0 is an error: the arms are compared by the
+    ratio of their errors, which a few large ones do not rule.
+    """
     failures = _failures(arm)
     if not arm.runs:
         return Row(metric, arm.label, FAILED, notes=failures)
@@ -61,39 +103,45 @@ def measure(metric: str, arm: ArmRuns, baseline: ArmRuns) -> Row:
         return Row(metric, arm.label, NO_PAIRS, step=step, notes=notes)
     means = [np.array([pair[side].curves[metric][step] for pair in finite.values()]) for side in (0, 1)]
     tables = item_tables(metric, list(finite.values()), step)
-    first, second = tables if tables is not None else (values[:, None] for values in means)
+    first, second = (tables.arm, tables.baseline) if tables is not None else (values[:, None] for values in means)
+    missing = tables.missing if tables is not None else 0
+    if missing:
+        notes.append(f"{missing} items are not in every run: left out")
+    error = better_direction(metric, directions) == "lower"
     return Row(
         metric,
         arm.label,
         verdict="",
         mean=float(means[0].mean()),
         baseline_mean=float(means[1].mean()),
-        effect=effect(first, second),
+        effect=effect(first, second, ratio=error and bool((first > 0).all() and (second > 0).all())),
         seeds=list(finite),
         step=step,
         images=step * next(iter(finite.values()))[0].images_per_step,
+        broken=_broken(arm, baseline, [seed for seed in pairs if seed not in finite], missing),
         notes=notes,
     )
+
+
+def _broken(arm: ArmRuns, baseline: ArmRuns, infinite: Sequence[int], missing: int) -> str:
+    """Why what is left of the runs is a selection that must not be judged; '' where nothing is wrong.
+
+    Runs seldom fail by chance: an arm that diverges with one seed of four is not known by its other three.
+    """
+    reasons = [
+        f"{len(side.failed)} of {len(side.failed) + len(side.runs)} runs of {who} failed"
+        for side, who in ((arm, "this arm"), (baseline, "the baseline"))
+        if side.failed
+    ]
+    reasons += [f"not finite with {_seeds(infinite)}"] if infinite else []
+    reasons += [f"{missing} items are not in every run"] if missing else []
+    return ", ".join(reasons)
 
 
 def last_common_step(metric: str, runs: Sequence[Run]) -> int | None:
     """The last step at which all of these runs have the metric; None if there is none."""
     shared = set.intersection(*(set(run.curves[metric]) for run in runs)) if runs else set()
     return max(shared, default=None)
-
-
-def item_tables(metric: str, pairs: Sequence[tuple[Run, Run]], step: int) -> tuple[Array, Array] | None:
-    """[S, I] of both sides over the items that all runs share; None if the metric is not the mean of its items."""
-    rows = [[run.items(metric).get(step, {}) for run in pair] for pair in pairs]
-    shared = sorted(set.intersection(*(set(row) for pair in rows for row in pair)))
-    for pair, values in zip(pairs, rows, strict=True):
-        for run, row in zip(pair, values, strict=True):
-            if not row or not math.isclose(fmean(row.values()), run.curves[metric][step], rel_tol=1e-3, abs_tol=1e-9):
-                return None
-    if len(shared) < 2:
-        return None
-    first, second = (np.array([[pair[side][item] for item in shared] for pair in rows]) for side in (0, 1))
-    return first, second
 
 
 def _failures(arm: ArmRuns, who: str = "") -> list[str]:
@@ -117,7 +165,7 @@ def _remarks(
     yield from _failures(baseline, "the baseline ")
     if len(finite) < len(pairs):
         lost = [seed for seed in pairs if seed not in finite]
-        yield f"not finite with {_seeds(lost)}: left out, which flatters one side"
+        yield f"not finite with {_seeds(lost)}: left out"
     last = max(max(side.runs[seed].curves[metric]) for seed in pairs for side in (arm, baseline))
     if step < last:
         yield f"compared at step {step}, the last in common; one side goes on to {last}"
@@ -129,19 +177,53 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
-def judged(rows: Sequence[Row], directions: Directions) -> list[Row]:
-    """Rows with Holm's adjustment over all arms and metrics, and with their verdicts.
+def judged(
+    rows: Sequence[Row],
+    directions: Directions | None = None,
+    margins: Margins | None = None,
+    equivalence: str = "",
+    level: float = LEVEL,
+) -> list[Row]:
+    """Rows with adjusted p and verdicts. Of each row two claims are tested, that the arm differs and that it differs by
+    less than the margin. They cannot both be false, so that at most half of all claims are: with Holm's adjustment over
+    all rows, the chance of any false verdict in the report is at most `level`.
 
-    A single seed is not judged. If the metric has items, there is an interval, but it says nothing about other seeds.
+    `equivalence` is every metric's margin in place of the declared ones. Fewer than LEAST_SEEDS are not judged.
     """
-    tested = [row for row in rows if row.effect is not None and row.effect.p is not None and row.effect.seeds > 1]
-    adjusted = dict(zip(map(id, tested), holm([row.effect.p or 0.0 for row in tested if row.effect]), strict=True))
-    done = []
-    for row in rows:
-        if row.effect is None:
-            done.append(row)
-            continue
-        p = adjusted.get(id(row))
-        words = verdict(row.metric, row.effect.difference, p, directions)
-        done.append(replace(row, p_holm=p, verdict=words))
-    return done
+    rows = [replace(row, margin=equivalence or _margin(row, directions, margins)) for row in rows]
+    claims = [claim for place, row in enumerate(rows) for claim in _claims(place, row)]
+    adjusted = holm([p for *_, p in claims], possible=len({place for place, *_ in claims}))
+    found = {(place, what): p for (place, what, _), p in zip(claims, adjusted, strict=True)}
+    return [
+        _judged(row, found.get((place, "different")), found.get((place, "equal")), directions, level)
+        for place, row in enumerate(rows)
+    ]
+
+
+def _claims(place: int, row: Row) -> Iterator[tuple[int, str, float]]:
+    """The claims about a row that are tested, with their p; none where it cannot be judged."""
+    e = row.effect
+    if e is None or e.p is None or e.seeds < LEAST_SEEDS or row.broken:
+        return
+    yield place, "different", e.p
+    if (margin := row.tested_margin) is not None and (p := e.equal_p(margin)) is not None:
+        yield place, "equal", p
+
+
+def _margin(row: Row, directions: Directions | None, margins: Margins | None) -> str | None:
+    declared = margin_of(row.metric, margins)
+    return ERRORS_WITHIN if declared is None and row.effect and row.effect.ratio else declared
+
+
+def _judged(row: Row, different: float | None, equal: float | None, directions: Directions | None, level: float) -> Row:
+    if row.effect is None:
+        return row
+    if row.broken:
+        return replace(row, verdict=NO_VERDICT)
+    if different is None:
+        return replace(row, verdict=ONE_SEED if row.effect.seeds == 1 else TWO_SEEDS)
+    if row.effect.low == row.effect.high == 0:
+        return replace(row, p_holm=different, p_equal=equal, verdict=IDENTICAL)
+    words = verdict(row.metric, row.effect.difference, Claims(different, equal), directions, level)
+    needed = row.effect.seeds_to_decide(row.tested_margin) or 0 if words == UNDECIDED else None
+    return replace(row, p_holm=different, p_equal=equal, verdict=words, seeds_needed=needed)

@@ -6,8 +6,19 @@ import math
 from collections.abc import Sequence
 
 from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.crossed import MOST_SEEDS
 from nai_xl.compare.rows import Row
-from nai_xl.compare.verdicts import FAILED, NO_DIFFERENCE, NO_PAIRS, NOT_MEASURED, ONE_SEED
+from nai_xl.compare.verdicts import (
+    EQUAL,
+    FAILED,
+    IDENTICAL,
+    NO_PAIRS,
+    NO_VERDICT,
+    NOT_MEASURED,
+    ONE_SEED,
+    TWO_SEEDS,
+    UNDECIDED,
+)  # fmt: skip
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
@@ -66,8 +77,23 @@ def about(found: Comparison) -> str:
     return f"{found.asked.name}: {len(found.arms)} arms, {named}. Baseline: {found.baseline}."
 
 
+def said(row: Row) -> str:
+    """The verdict with its number: 'equal within 2 %', 'undecided, about 9 seeds'."""
+    if row.verdict == EQUAL:
+        return f"equal within {margin(row)}"
+    if row.verdict == UNDECIDED and row.seeds_needed:
+        return f"undecided, about {row.seeds_needed} seeds"
+    return row.verdict
+
+
+def margin(row: Row) -> str:
+    return (row.margin or DASH).replace("%", " %")
+
+
 def answer(found: Comparison, metric: str) -> str:
-    """One or two sentences: which arms are better or worse than the baseline, by how much, and which show nothing."""
+    """One or two sentences: which arms are better or worse than the baseline, by how much, which are equal to it, and
+    which are undecided or not judged.
+    """
     rows, names = found.of(metric), found.names
     told: list[str] = []
     for words in ("better", "worse", "lower", "higher"):
@@ -78,17 +104,24 @@ def answer(found: Comparison, metric: str) -> str:
             sized = _listed([f"{names[row.arm]} ({_size(row)})" for row in some])
             told.append(f"{sized} {'is' if len(some) == 1 else 'are'} {words}{than}")
     sentences = ["; ".join(told)] if told else []
-    for words, before in (
-        (NO_DIFFERENCE, "No difference is shown for"),
-        (ONE_SEED, "One seed is too few to judge"),
-        (FAILED, "There is no result of"),
-        (NOT_MEASURED, "Not measured in"),
-        (NO_PAIRS, "There are no pairs of runs for"),
+    for words, sentence in (
+        (EQUAL, "{arms} {is_are} equal to {baseline} within {margin}"),
+        (IDENTICAL, "{arms} {is_are} identical to {baseline}"),
+        (UNDECIDED, "Undecided: {arms}"),
+        (NO_VERDICT, "No verdict on {arms}"),
+        (TWO_SEEDS, "Two seeds are too few to judge {arms}"),
+        (ONE_SEED, "One seed is too few to judge {arms}"),
+        (FAILED, "There is no result of {arms}, which failed"),
+        (NOT_MEASURED, "Not measured in {arms}"),
+        (NO_PAIRS, "There are no pairs of runs for {arms}"),
     ):
         some = [row for row in rows if row.verdict == words]
         if some:
-            limits = [f"{names[row.arm]}{_limit(row)}" for row in some]
-            sentences.append(f"{before} {_listed(limits)}{', which failed' if words == FAILED else ''}")
+            arms = _listed([f"{names[row.arm]}{_limit(row)}" for row in some])
+            verb = "is" if len(some) == 1 else "are"
+            sentences.append(
+                sentence.format(arms=arms, is_are=verb, baseline=names[found.baseline], margin=margin(some[0]))
+            )
     return " ".join(f"{sentence}." for sentence in sentences)
 
 
@@ -102,16 +135,28 @@ def _size(row: Row) -> str:
 
 
 def _limit(row: Row) -> str:
-    """Which differences are still possible for an arm that shows none, in per cent of the baseline unless it is 0."""
+    """In brackets: which differences are still possible for an undecided arm, and what would decide it; why an arm is
+    not judged.
+    """
+    if row.verdict == NO_VERDICT:
+        return f" ({row.broken})"
     e = row.effect
-    if row.verdict != NO_DIFFERENCE or e is None or e.low is None or e.high is None:
+    if row.verdict != UNDECIDED or e is None or e.low is None or e.high is None:
         return ""
-    if e.low == e.high == 0:
-        return " (identical)"
-    if not row.baseline_mean:
-        return f" ({interval(row)})"
-    low, high = (_percent(100 * end / abs(row.baseline_mean)) for end in (e.low, e.high))
-    return f" ({low.removesuffix(' %')} to {high})"
+    low, high = row.in_percent(e.low), row.in_percent(e.high)
+    if low is None or high is None:
+        possible = interval(row)
+    else:
+        possible = f"{_percent(low).removesuffix(' %')} to {_percent(high)}"
+    return f" ({possible}; {_needed(row)})"
+
+
+def _needed(row: Row) -> str:
+    if row.seeds_needed:
+        return f"would take about {row.seeds_needed} seeds"
+    if row.effect and row.effect.items > 1:
+        return "more seeds would not decide it, more items might"
+    return f"{MOST_SEEDS} seeds would not decide it"
 
 
 def remarks(found: Comparison) -> list[str]:
@@ -131,7 +176,7 @@ def markdown(found: Comparison) -> str:
     columns = ["metric", "arm", "verdict", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing"]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in found.rows:
-        cells = [row.metric, found.names[row.arm], row.verdict]
+        cells = [row.metric, found.names[row.arm], said(row)]
         size = change(row.effect.difference) if row.effect else DASH
         cells += [size, percent(row), interval(row), p_value(row.p_holm), narrower(row)]
         rows.append(f"| {' | '.join(cells)} |")

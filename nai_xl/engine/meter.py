@@ -60,6 +60,7 @@ class Meter:
         "perf/data_wait": "lower",
         "perf/peak_memory_gib": "lower",
     }
+    equal_within: ClassVar[Mapping[str, str]] = {"train/loss": "2%", "perf/": "2%"}
 
     def __init__(
         self,

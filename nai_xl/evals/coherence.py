@@ -41,6 +41,7 @@ class Coherence(PromptedEvaluator):
         "coherence/right": "higher",
         "coherence/too_many": "lower",
     }
+    equal_within: ClassVar[Mapping[str, str]] = {"coherence/": "0.05"}
 
     count: Annotated[int, Field(ge=1)] = 8
     bodies: Numbers = EVERYTHING.bodies

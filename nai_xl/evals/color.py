@@ -46,6 +46,7 @@ class Color(PromptedEvaluator):
         "color/luminance_max": "higher",
         "color/luminance_range": "higher",
     }
+    equal_within: ClassVar[Mapping[str, str]] = {"color/": "5%", "color/luminance": "0.02"}
 
     colors: Annotated[Sequence[str], AfterValidator(_known)] = tuple(PALETTE)
     wording: str = Scene("{}").caption

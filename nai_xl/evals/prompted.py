@@ -30,6 +30,7 @@ class PromptedEvaluator:
     """
 
     better: ClassVar[Mapping[str, Direction]] = {}
+    equal_within: ClassVar[Mapping[str, str]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

@@ -66,6 +66,7 @@ class Quality:
         "quality/kid": "lower",
         "quality/clip": "higher",
     }
+    equal_within: ClassVar[Mapping[str, str]] = {"quality/": "2%"}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

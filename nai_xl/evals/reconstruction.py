@@ -45,6 +45,7 @@ class Reconstruction:
     count: Annotated[int, Field(ge=1)] = 8
     looks_at: ClassVar[str] = "vae_decoder"
     better: ClassVar[Mapping[str, Direction]] = {"reconstruction/psnr": "higher"}
+    equal_within: ClassVar[Mapping[str, str]] = {"reconstruction/psnr": "0.1"}
     changes_weights: ClassVar[bool] = False
 
     def texts(self, items: Sequence[Item]) -> list[str]:

@@ -23,6 +23,7 @@ class SampleGrid:
     """
 
     better: ClassVar[Mapping[str, Direction]] = {}
+    equal_within: ClassVar[Mapping[str, str]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

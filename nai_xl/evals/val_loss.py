@@ -47,6 +47,7 @@ class ValLoss:
     """
 
     better: ClassVar[Mapping[str, Direction]] = {"val/": "lower"}
+    equal_within: ClassVar[Mapping[str, str]] = {"val/": "2%"}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

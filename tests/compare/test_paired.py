@@ -9,10 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import special
 
 from nai_xl.compare import paired
-from nai_xl.compare.paired import Array, Effect, effect, holm, spread
-from nai_xl.compare.verdicts import verdict
+from nai_xl.compare.crossed import Array, Crossed, critical_t, crossed, resolution, two_sided_p
+from nai_xl.compare.paired import Effect, effect, holm
 
 # --- Student's t ------------------------------------------------------------------------------------------------------
 
@@ -20,8 +21,8 @@ from nai_xl.compare.verdicts import verdict
 @given(st.floats(0, 1e4))
 @example(1e-8)
 def test_p_of_one_and_two_degrees_of_freedom_has_a_closed_form(t: float) -> None:
-    assert paired.two_sided_p(t, 1) == pytest.approx(2 / math.pi * math.atan2(1, t), rel=1e-9)
-    assert paired.two_sided_p(t, 2) == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-9)
+    assert two_sided_p(t, 1) == pytest.approx(2 / math.pi * math.atan2(1, t), rel=1e-9)
+    assert two_sided_p(t, 2) == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-9)
 
 
 def exact_p(t: float, df: float) -> float:
@@ -36,20 +37,20 @@ def exact_p(t: float, df: float) -> float:
 @example(1e-9, 7.3)
 @example(1e-9, 0.3)
 def test_p_is_the_incomplete_beta_function(t: float, df: float) -> None:
-    assert paired.two_sided_p(t, df) == pytest.approx(exact_p(t, df), rel=1e-9, abs=1e-300)
-    assert paired.two_sided_p(-t, df) == paired.two_sided_p(t, df) and paired.two_sided_p(math.inf, df) == 0
+    assert two_sided_p(t, df) == pytest.approx(exact_p(t, df), rel=1e-9, abs=1e-300)
+    assert two_sided_p(-t, df) == two_sided_p(t, df) and two_sided_p(math.inf, df) == 0
 
 
 @pytest.mark.parametrize(
     ("df", "t"), [(1, 12.7062047), (2, 4.30265273), (3, 3.18244631), (9, 2.26215716), (1e6, 1.959967)]
 )
 def test_critical_values_are_the_printed_ones(df: float, t: float) -> None:
-    assert paired.critical_t(df) == pytest.approx(t, rel=1e-6)
+    assert critical_t(df) == pytest.approx(t, rel=1e-6)
 
 
 @given(st.floats(0.3, 1e5), st.floats(1e-6, 0.5))
 def test_a_critical_value_has_its_level(df: float, level: float) -> None:
-    assert paired.two_sided_p(paired.critical_t(df, level), df) == pytest.approx(level, rel=1e-8)
+    assert two_sided_p(critical_t(df, level), df) == pytest.approx(level, rel=1e-8)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -71,8 +72,8 @@ def test_without_items_it_is_the_paired_t_test_and_beside_it_welchs(seeds: int) 
     first, second = random.normal(size=seeds) + 5, 2 * random.normal(size=seeds) + 5
     found = effect(first[:, None], second[:, None])
     told = stats.ttest_rel(first, second)
-    assert found.p == pytest.approx(told.pvalue, rel=1e-8) and found.df == seeds - 1
-    assert (found.low, found.high) == pytest.approx(tuple(told.confidence_interval(0.95)))
+    assert found.p == pytest.approx(told.pvalue, rel=1e-8)
+    assert (found.low, found.high) == pytest.approx(tuple(told.confidence_interval(0.95)), rel=1e-6)
     apart = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     assert found.unpaired == found.unpaired_seeds == pytest.approx((apart.high - apart.low) / 2)
     assert found.factor == pytest.approx((apart.high - apart.low) / (found.high - found.low))  # type: ignore[operator]
@@ -88,9 +89,44 @@ def test_the_parts_of_the_variance_are_those_of_the_two_way_table() -> None:
     ms_i = seeds * sum((c - grand) ** 2 for c in column) / (items - 1)
     ms_si = sum((table[s, i] - row[s] - column[i] + grand) ** 2 for s in range(seeds) for i in range(items)) / 15
     assert ms_i > ms_si
-    found = spread(table)
-    assert [part.variance for part in found.parts] == pytest.approx([ms_s / 24, (ms_i - ms_si) / 24])
-    assert found.df == pytest.approx((ms_s + ms_i - ms_si) ** 2 / (ms_s**2 / 3 + (ms_i - ms_si) ** 2 / 5))
+    found = crossed(table)
+    assert (found.of_seeds, found.of_items, found.of_both) == pytest.approx((ms_s / 24, ms_i / 24, ms_si / 24))
+    assert found.variance == pytest.approx((ms_s + ms_i - ms_si) / 24)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_variance_is_that_of_a_mixed_model(seed: int) -> None:
+    """value ~ 1 + (1 | seed) + (1 | item) by REML, which for a whole table agrees with the mean squares."""
+    formula = pytest.importorskip("statsmodels.formula.api")
+    pandas = pytest.importorskip("pandas")
+    table = random_table(seed, 6, 8, 1.0, 1.0, 0.7)
+    seeds, items = np.indices(table.shape)
+    data = pandas.DataFrame({"y": table.ravel(), "seed": seeds.ravel(), "item": items.ravel(), "all": 1})
+    parts = {"seed": "0 + C(seed)", "item": "0 + C(item)"}
+    fitted = formula.mixedlm("y ~ 1", data, groups="all", re_formula="0", vc_formula=parts).fit(reml=True)
+    assert fitted.bse["Intercept"] ** 2 == pytest.approx(crossed(table).variance, rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", [(2, 4, 1, 1, 1), (3, 16, 0.1, 1, 1), (5, 40, 0, 0, 1), (12, 64, 1, 0.1, 1)])
+def test_p_is_the_mean_over_all_variances_that_the_mean_squares_allow(layout: tuple[float, ...]) -> None:
+    """Against the definition, by Monte Carlo."""
+    table = random_table(1, *layout)  # type: ignore[arg-type]
+    found, random, draws = crossed(table), np.random.default_rng(0), 400_000
+    seeds, items = table.shape
+    u1, u2, u3 = (random.chisquare(df, draws) / df for df in (seeds - 1, items - 1, (seeds - 1) * (items - 1)))
+    variance = found.of_seeds / u1 + np.maximum(found.of_items / u2 - found.of_both / u3, 0)
+    for times in (0.5, 2, 4):
+        difference = times * math.sqrt(found.variance)
+        each = 2 * special.ndtr(-difference / np.sqrt(variance))
+        assert found.p(difference) == pytest.approx(each.mean(), abs=5 * each.std() / math.sqrt(draws))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 20), st.floats(0.001, 0.4))
+def test_the_interval_ends_where_p_is_its_level(seed: int, seeds: int, items: int, level: float) -> None:
+    found = crossed(random_table(seed, seeds, items, 1.0, 1.0, 1.0))
+    half = found.half_width(level)
+    assert found.p(half) == pytest.approx(level, rel=1e-5) and found.p(1.01 * half) < level < found.p(0.99 * half)
 
 
 def coverage(trials: int, *layout: float) -> tuple[float, float]:
@@ -98,8 +134,7 @@ def coverage(trials: int, *layout: float) -> tuple[float, float]:
     held = booted = 0
     for trial in range(trials):
         table = random_table(trial, *layout)  # type: ignore[arg-type]
-        found = spread(table)
-        held += paired.two_sided_p(float(table.mean()) / math.sqrt(found.variance), found.df) >= 0.05
+        held += crossed(table).p(float(table.mean())) >= 0.05
         if trial < 300:
             low, high = paired.bootstrap(table, 400)
             booted += low <= 0 <= high
@@ -115,8 +150,9 @@ def coverage(trials: int, *layout: float) -> tuple[float, float]:
     ],
 )  # fmt: skip
 def test_the_interval_holds_the_truth_in_95_of_100_sweeps(layout: tuple[float, ...]) -> None:
+    """And in more where the sources are alike: benchmarks/statistics.py has the table of 20,000 draws a row."""
     held, _ = coverage(1200, *layout)
-    assert 0.915 <= held <= 0.975  # standard error 0.006; least, 0.93, with two seeds that hardly differ
+    assert 0.935 <= held <= 0.995  # standard error 0.006
 
 
 def test_the_percentile_bootstrap_does_not_with_three_seeds() -> None:
@@ -129,7 +165,7 @@ def test_leaving_out_the_spread_of_items_would_be_too_narrow() -> None:
     for trial in range(1000):
         table = random_table(trial, 5, 40, 0.1, 1.0, 0.3)
         by_seed = table.mean(1)
-        held += abs(by_seed.mean()) <= paired.critical_t(4) * by_seed.std(ddof=1) / math.sqrt(5)
+        held += abs(by_seed.mean()) <= critical_t(4) * by_seed.std(ddof=1) / math.sqrt(5)
     assert held / 1000 < 0.9 < coverage(1000, 5, 40, 0.1, 1.0, 0.3)[0]
 
 
@@ -178,10 +214,9 @@ def test_the_width_without_pairing_is_that_of_runs_that_share_nothing(
             )
             common, own = np.random.default_rng(trial).standard_normal((2, 1, int(items)))
             arm, baseline = arm + 3 * common, baseline + 3 * common + own * (items > 1)
-        found = effect(arm, baseline)
-        half = found.unpaired_seeds if same_items else found.unpaired
+        half = paired.unpaired_half_widths(arm, baseline)[same_items]
         assert half is not None
-        held += abs(found.difference) <= half
+        held += abs((arm - baseline).mean()) <= half
     assert 0.92 <= held / trials <= 0.985  # Welch's is a little wide with three seeds
 
 
@@ -193,21 +228,93 @@ def test_equal_arms_differ_by_exactly_nothing(shape: tuple[int, int]) -> None:
     table = np.random.default_rng(0).normal(size=shape)
     found = effect(table, table.copy())
     assert (found.difference, found.low, found.high, found.p, found.bootstrap) == (0, 0, 0, 1, (0, 0))
-    assert found.factor is None and verdict("val/loss", found.difference, found.p) == "no difference shown"
-    assert all(value is None or math.isfinite(value) for value in (found.df, found.unpaired))
+    assert found.factor is None and found.equal_p(0.1) == 0
+    assert found.unpaired is None or math.isfinite(found.unpaired)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 4), (2, 1), (1, 4)])
-@pytest.mark.parametrize("shift", [0.5, 1e-300, 1e150])
-def test_a_difference_without_any_spread_is_certain(shape: tuple[int, int], shift: float) -> None:
+@pytest.mark.parametrize("shift", [0.5, 1e-100, 1e150])
+def test_a_difference_without_any_spread_is_known_to_the_step_of_its_values(
+    shape: tuple[int, int], shift: float
+) -> None:
+    """6/8, 6/8 and 6/8 against 5/8, 5/8 and 5/8: a step of 1/8 is all that is known of the spread."""
     found = effect(np.full(shape, shift), np.zeros(shape))
-    assert found.difference == found.low == found.high == shift and found.p == 0
+    assert found.difference == shift and found.p is not None and found.low is not None
+    assert 0 < found.p < 1 and found.low < shift
+    if shape == (3, 1):  # sqrt(6 S) steps of standard error away, with two degrees of freedom
+        assert found.p == pytest.approx(two_sided_p(math.sqrt(18), 2))
+
+
+def test_the_step_of_values_is_their_common_divisor() -> None:
+    assert resolution(np.array([[1 / 8, 6 / 8]]), np.array([[2 / 8, 6 / 8 + 1e-12]])) == pytest.approx(1 / 8)
+    random = np.random.default_rng(0)
+    assert resolution(random.normal(size=(3, 1)), random.normal(size=(3, 1))) == 0
+    counts = random.integers(0, 25, (5, 9)) / 24
+    assert resolution(counts) == pytest.approx(1 / 24) and resolution(7 + counts) == pytest.approx(1 / 24)
+    assert resolution(np.array([[3.0]]), np.array([[3.0]])) == 0 and resolution(np.array([[math.inf]])) == 0
 
 
 def test_a_single_run_on_each_side_has_no_interval() -> None:
     found = effect(np.array([[1.0]]), np.array([[3.0]]))
-    assert found == Effect(-2.0, *6 * [None], None, 1, 1) and found.factor is None
-    assert verdict("val/loss", found.difference, found.p) == "one seed only"
+    assert found == Effect(-2.0, *6 * [None], 1, 1, -2.0, None) and found.factor is None and found.equal_p(5.0) is None
+
+
+def test_errors_are_compared_by_their_ratio() -> None:
+    random = np.random.default_rng(0)
+    baseline = np.exp(random.standard_normal((4, 1)) + random.standard_normal((1, 9)))
+    arm = 0.9 * baseline * np.exp(0.01 * random.standard_normal((4, 9)))
+    found, logs = effect(arm, baseline, ratio=True), effect(np.log(arm), np.log(baseline))
+    assert found.estimate == logs.difference and found.p == logs.p and found.ratio
+    assert found.difference == pytest.approx((np.exp(logs.difference) - 1) * baseline.mean())
+    assert logs.low is not None and found.low == pytest.approx((np.exp(logs.low) - 1) * baseline.mean())
+    plain = effect(arm, baseline)
+    assert found.p is not None and plain.p is not None and found.p < plain.p / 10
+    scaled = effect(7 * arm, 7 * baseline, ratio=True)
+    assert scaled.p == pytest.approx(found.p) and scaled.difference == pytest.approx(7 * found.difference)
+
+
+# --- equal, and how many seeds ----------------------------------------------------------------------------------------
+
+
+def test_equality_without_items_is_two_one_sided_t_tests() -> None:
+    """[Schuirmann], as statsmodels has it."""
+    weight = pytest.importorskip("statsmodels.stats.weightstats")
+    first, second = np.random.default_rng(3).normal(size=(2, 6)) / 10
+    for margin in (0.05, 0.1, 0.3):
+        told, *_ = weight.ttost_paired(first, second, -margin, margin)
+        found = effect(first[:, None], second[:, None]).equal_p(margin)
+        assert found == pytest.approx(told if abs((first - second).mean()) < margin else 1, rel=1e-6)
+
+
+def test_arms_at_the_margin_are_called_equal_in_5_of_100_sweeps() -> None:
+    margin, called = 0.5, 0
+    for trial in range(1500):
+        table = random_table(trial, 4, 12, 0.2, 0.3, 0.3) + margin
+        called += crossed(table).p(margin - table.mean()) / 2 < 0.05 and abs(table.mean()) < margin
+    assert called / 1500 < 0.065  # standard error 0.006
+
+
+@pytest.mark.parametrize("seeds", [4, 8])
+def test_the_detectable_difference_is_detected_in_80_of_100_sweeps(seeds: int) -> None:
+    """Of its own expected mean squares; those of a pilot vary in addition."""
+    of_seeds, of_items, of_both, items = 1.0, 0.3, 1.0, 10
+    expected = Crossed(
+        5, items,
+        of_seeds=of_seeds**2 / 5 + of_both**2 / (5 * items),
+        of_items=of_items**2 / items + of_both**2 / (5 * items), of_both=of_both**2 / (5 * items),
+    )  # fmt: skip
+    true, shown = expected.detectable(seeds), 0
+    for trial in range(600):
+        table = random_table(trial, seeds, items, of_seeds, of_items, of_both) + true
+        shown += crossed(table).p(float(table.mean())) < 0.05
+    assert 0.72 < shown / 600 < 0.9
+    assert expected.seeds_for(true) == seeds and expected.seeds_for(0.999 * true) == seeds + 1
+
+
+def test_no_number_of_seeds_makes_up_for_few_items() -> None:
+    items_alone = Crossed(5, 4, of_seeds=0.01, of_items=1.0, of_both=0.01)
+    assert items_alone.seeds_for(0.5) is None and items_alone.seeds_for(10.0) == 2
+    assert items_alone.with_seeds(500).variance == pytest.approx(0.99 + 0.01 / 100)
 
 
 TABLE = st.tuples(st.integers(2, 5), st.integers(1, 6)).flatmap(
@@ -250,6 +357,17 @@ def test_holm_is_the_closure_of_bonferroni(p: list[float]) -> None:
     for i, adjusted in enumerate(holm(p)):
         parts = [c for n in range(1, len(p) + 1) for c in itertools.combinations(range(len(p)), n) if i in c]
         assert adjusted == pytest.approx(max(min(1.0, len(c) * min(p[k] for k in c)) for c in parts))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.data())
+def test_claims_of_which_only_some_can_be_false_are_the_closure_over_those(p: list[float], data: st.DataObject) -> None:
+    """[Shaffer]: no intersection of more than `possible` hypotheses is possible, so none of those need fall."""
+    possible = data.draw(st.integers(1, len(p)))
+    for i, adjusted in enumerate(holm(p, possible)):
+        parts = [c for n in range(1, possible + 1) for c in itertools.combinations(range(len(p)), n) if i in c]
+        assert adjusted >= max(min(1.0, len(c) * min(p[k] for k in c)) for c in parts) * (1 - 1e-12)
+        assert adjusted <= holm(p)[i]
 
 
 # --- targets ------------------------------------------------------------------------------------------------------

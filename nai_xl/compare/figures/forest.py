@@ -11,13 +11,22 @@ from matplotlib.ticker import MaxNLocator
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.figures.canvas import INK, SOFT, Drawn, canvas, columns, heading, save
 from nai_xl.compare.rows import Row
-from nai_xl.compare.verdicts import NO_DIFFERENCE, ONE_SEED, better_direction
+from nai_xl.compare.verdicts import (
+    EQUAL,
+    IDENTICAL,
+    NO_VERDICT,
+    ONE_SEED,
+    TWO_SEEDS,
+    UNDECIDED,
+    better_direction,
+)  # fmt: skip
 from nai_xl.compare.wording import change, percent
 from nai_xl.evals.method_figure import COLOURS
 
 GOOD, BAD, NEITHER = COLOURS[0], COLOURS[1], "#8a8f98"
 LOOK = {  # colour and mark of a verdict that there is a difference
     "better": (GOOD, "o"), "worse": (BAD, "D"), "higher": (COLOURS[7], "^"), "lower": (COLOURS[7], "v"),
+    EQUAL: (COLOURS[2], "o"),
 }  # fmt: skip
 OTHER = (NEITHER, "s")
 
@@ -67,9 +76,14 @@ def _broken(name: str, width: int = 36) -> str:
 def _key(found: Comparison) -> list[tuple[Line2D, str]]:
     said = {row.verdict for row in found.rows if row.effect}
     key: list[tuple[Line2D, str]] = []
-    for words in sorted(said, key=[*LOOK, NO_DIFFERENCE, ONE_SEED].index):
+    for words in sorted(said, key=[*LOOK, IDENTICAL, UNDECIDED, TWO_SEEDS, ONE_SEED, NO_VERDICT].index):
         colour, mark = LOOK.get(words, OTHER)
-        key.append((Line2D([], [], color=colour, marker=mark, lw=5, markersize=9), words))
+        key.append(
+            (
+                Line2D([], [], color=colour, marker=mark, lw=5, markersize=9),
+                "equal within the margin" if words == EQUAL else words,
+            )
+        )
     if any(row.effect and row.effect.unpaired for row in found.rows):
         key.append((Line2D([], [], color=SOFT, lw=1.4), "the same runs unpaired"))
     return key

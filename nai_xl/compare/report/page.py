@@ -17,7 +17,19 @@ from nai_xl.compare.figures.canvas import Drawn
 from nai_xl.compare.figures.draw import Figures
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.naming import word
-from nai_xl.compare.wording import DASH, about, answer, change, interval, narrower, number, p_value, percent, remarks
+from nai_xl.compare.wording import (
+    DASH,
+    about,
+    answer,
+    change,
+    interval,
+    narrower,
+    number,
+    p_value,
+    percent,
+    remarks,
+    said,
+)
 
 RESULT_COLUMNS = (
     "arm", "verdict", "mean", "difference", "", "95 % interval", "p (Holm)", "narrower by pairing", "seeds x items",
@@ -66,13 +78,13 @@ def _answer(found: Comparison, metric: str) -> dict[str, Any]:
 
 
 def _results(found: Comparison, metric: str) -> dict[str, Any]:
-    """The rows of one metric: (arm, verdict, further cells)."""
+    """The rows of one metric: (arm, verdict, the verdict in words, further cells)."""
     rows = found.of(metric)
     means = [row.baseline_mean for row in rows if row.baseline_mean is not None]
     return {
         "metric": metric,
         "baseline_mean": number(means[0] if means else None),
-        "rows": [(found.names[row.arm], row.verdict, _cells(row)) for row in rows],
+        "rows": [(found.names[row.arm], row.verdict, said(row), _cells(row)) for row in rows],
     }
 
 

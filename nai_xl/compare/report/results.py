@@ -11,8 +11,8 @@ from nai_xl.compare.rows import Row
 from nai_xl.compare.wording import answer
 
 CSV_COLUMNS = (
-    "metric arm baseline verdict mean baseline_mean difference percent low high p p_holm df bootstrap_low "
-    "bootstrap_high unpaired_half_width times_narrower times_narrower_seeds seeds items step images notes"
+    "metric arm baseline verdict mean baseline_mean difference percent low high p p_holm p_equal margin seeds_needed "
+    "bootstrap_low bootstrap_high unpaired_half_width times_narrower times_narrower_seeds seeds items step images notes"
 ).split()
 
 
@@ -33,7 +33,9 @@ def tidy(found: Comparison, row: Row) -> dict[str, object]:
         "high": e and e.high,
         "p": e and e.p,
         "p_holm": row.p_holm,
-        "df": e and e.df,
+        "p_equal": row.p_equal,
+        "margin": row.margin,
+        "seeds_needed": row.seeds_needed,
         "bootstrap_low": low,
         "bootstrap_high": high,
         "unpaired_half_width": e and e.unpaired,

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nai_xl.compare.comparison import Comparison
-from nai_xl.compare.wording import about, change, interval, narrower, number, p_value, percent, remarks
+from nai_xl.compare.wording import about, change, interval, narrower, number, p_value, percent, remarks, said
 
-SHADES = {"better": "bold blue", "worse": "bold red", "higher": "bold", "lower": "bold"}
+SHADES = {"better": "bold blue", "worse": "bold red", "higher": "bold", "lower": "bold", "equal": "bold green"}
 
 
 def table(found: Comparison) -> Table:
@@ -31,7 +31,7 @@ def table(found: Comparison) -> Table:
             e = row.effect
             made.add_row(
                 Text(found.names[row.arm]),
-                Text(row.verdict, style=SHADES.get(row.verdict, "")),
+                Text(said(row), style=SHADES.get(row.verdict, "")),
                 number(row.mean),
                 change(e.difference) if e else "",
                 percent(row),
