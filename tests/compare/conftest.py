@@ -18,11 +18,11 @@ from tests.synthetic import write_run
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over losses: one better, one an A/A arm, one worse that lacks seed 2, one that failed altogether."""
+    """A sweep over losses: one better, one an A/A arm, one worse that lacks seed 3, one that failed altogether."""
     folder = tmp_path_factory.mktemp("sweep") / "outputs"
     for shade, arm in enumerate((BASE, GOOD, SAME, BAD, LOST)):
-        for seed in range(3):
-            if (arm, seed) == (BAD, 2):
+        for seed in range(4):
+            if (arm, seed) == (BAD, 3):
                 continue
             write_run(
                 folder, arm, seed, sweep="losses", effect=EFFECTS[arm["loss"]], overrides=[f"loss={arm['loss']}"],
@@ -41,7 +41,7 @@ def told(outputs: Path, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., st
 
 @pytest.fixture(scope="session")
 def found(outputs: Path) -> Comparison:
-    runs = [read_directory(path, {}, "losses") for path in sorted(outputs.glob("*-[012]"))]
+    runs = [read_directory(path, {}, "losses") for path in sorted(outputs.glob("*-[0123]"))]
     return compare(runs, Question("losses", QUESTION, "loss=uniform", METRICS))
 
 

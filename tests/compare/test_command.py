@@ -50,16 +50,16 @@ def test_the_command_writes_a_whole_report(report: tuple[str, Path]) -> None:
     assert QUESTION in words and "<best>" not in text
     for name in ("uniform", "minsnr", "edm", "p2", "debiased"):
         assert name in words
-    for verdict in ("better", "worse", "no difference shown", "failed"):
+    for verdict in ("better", "worse", "identical", "failed"):
         assert verdict in words
     assert text.index(">better</span> than") < text.index("<table") < text.index("<svg")  # answers, table, figures
     assert "prefers-color-scheme: dark" in text and "var(--ink)" in text
     assert "nan" not in words.lower().split()
 
     rows = list(csv.DictReader((folder / "results.csv").open()))
-    assert len(rows) == 8 and {row["verdict"] for row in rows} == {"better", "worse", "no difference shown", "failed"}
+    assert len(rows) == 8 and {row["verdict"] for row in rows} == {"better", "worse", "identical", "failed"}
     best = next(row for row in rows if row["arm"] == "loss=minsnr" and row["metric"] == "val/loss")
-    assert float(best["low"]) < -0.05 < float(best["high"]) and best["seeds"] == "0 1 2" and best["items"] == "24"
+    assert float(best["low"]) < -0.05 < float(best["high"]) and best["seeds"] == "0 1 2 3" and best["items"] == "24"
     assert float(best["bootstrap_low"]) < float(best["difference"]) and float(best["images"]) == 800 * BATCH
     data = json.loads((folder / "results.json").read_text())
     assert data["question"] == QUESTION and len(data["results"]) == 8 and data["cost"][0]["images"] == 12800
@@ -70,14 +70,23 @@ def test_the_command_writes_a_whole_report(report: tuple[str, Path]) -> None:
 def test_the_figures_are_pictures(report: tuple[str, Path]) -> None:
     _, folder = report
     names = {path.stem for path in folder.glob("*.png")}
-    assert names == {"differences", "curves", "method", "samples_seed_0", "samples_seed_1", "samples_seed_2"}
+    assert names == {
+        "differences",
+        "curves",
+        "method",
+        "samples_seed_0",
+        "samples_seed_1",
+        "samples_seed_2",
+        "samples_seed_3",
+    }
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert min(image.size) > 400 and len(image.convert("RGB").getcolors(1 << 24) or []) > 50
 
 
 def test_two_directories_are_compared_with_the_first_as_baseline(told: Command, outputs: Path) -> None:
-    out = told("outputs/p2-0", "outputs/uniform-0", "outputs/p2-1", "outputs/uniform-1", "metrics=val/loss")
+    paths = [f"outputs/{arm}-{seed}" for seed in range(3) for arm in ("p2", "uniform")]
+    out = told(*paths, "metrics=val/loss")
     assert re.search(r"p2 +baseline", out) and re.search(r"uniform +better", out)
 
 

@@ -3,8 +3,10 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -13,7 +15,7 @@ from nai_xl.compare.comparison import Comparison, Question, compare
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.wording import answer, markdown, remarks
+from nai_xl.compare.wording import answer, markdown, remarks, said
 from tests.compare.losses import BAD, GOOD, LOST, METRICS, SAME
 from tests.synthetic import write_run
 
@@ -25,14 +27,14 @@ def row(found: Comparison, metric: str, arm: dict[str, str]) -> Row:
 def test_the_verdicts_are_those_that_were_built_in(found: Comparison) -> None:
     table = {arm["loss"]: [row(found, metric, arm).verdict for metric in METRICS] for arm in (GOOD, SAME, BAD, LOST)}
     assert table == {
-        "minsnr": ["better", "no difference shown"],
-        "edm": ["no difference shown", "no difference shown"],
+        "minsnr": ["better", "identical"],
+        "edm": ["identical", "identical"],
         "p2": ["worse", "better"],
         "debiased": ["failed", "failed"],
     }
     effect = row(found, "val/loss", GOOD).effect
     assert effect is not None and effect.low is not None and effect.high is not None
-    assert effect.low < -0.05 < effect.high and (effect.seeds, effect.items) == (3, 24)
+    assert effect.low < -0.05 < effect.high and (effect.seeds, effect.items) == (4, 24)
     assert effect.factor is not None and effect.factor > 3
 
 
@@ -40,21 +42,21 @@ def test_an_aa_arm_differs_by_exactly_nothing(found: Comparison) -> None:
     for metric in METRICS:
         effect = row(found, metric, SAME).effect
         assert effect is not None and (effect.difference, effect.low, effect.high, effect.p) == (0, 0, 0, 1)
-    assert "edm (identical)" in answer(found, "val/loss")
+    assert "edm is identical to uniform." in answer(found, "val/loss")
 
 
 def test_a_missing_seed_and_failures_are_said(found: Comparison) -> None:
     worse = row(found, "val/loss", BAD)
-    assert worse.seeds == [0, 1] and worse.effect is not None and worse.effect.seeds == 2
-    said = remarks(found)
-    assert "p2: seed 2 only in the baseline: left out" in said
-    assert sum("debiased: failed with seed" in line and "loss is not finite" in line for line in said) == 3
+    assert worse.seeds == [0, 1, 2] and worse.effect is not None and worse.effect.seeds == 3
+    told = remarks(found)
+    assert "p2: seed 3 only in the baseline: left out" in told
+    assert sum("debiased: failed with seed" in line and "loss is not finite" in line for line in told) == 4
     assert "There is no result of debiased, which failed." in answer(found, "color/error")
 
 
 def test_sentences_say_who_by_how_much_and_what_is_possible(found: Comparison) -> None:
-    said = answer(found, "val/loss")
-    assert re.match(r"minsnr \(.1\d %\) is better than uniform; p2 \(\+1\d %\) is worse\. No difference", said)
+    sentences = answer(found, "val/loss")
+    assert re.match(r"minsnr \(.1\d %\) is better than uniform; p2 \(\+1\d %\) is worse\. edm is identical", sentences)
     assert "worse" not in answer(found, "color/error")
 
 
@@ -63,11 +65,12 @@ def curve_run(arm: str, seed: int, values: dict[int, float], **more: object) -> 
 
 
 def test_the_last_common_step_is_compared_and_told() -> None:
-    runs = [curve_run("a", s, {100: 5.0 + s, 200: 4.0 + s, 300: 1.0}) for s in range(3)]
-    runs += [curve_run("b", s, {100: 4.0 + s, 200: 2.0 + s}, status="RUNNING") for s in range(3)]
+    runs = [curve_run("a", s, {100: 5.0, 200: 4.0 + s / 7, 300: 1.0}) for s in range(3)]
+    runs += [curve_run("b", s, {100: 4.0, 200: 2.0 + s / 14}, status="RUNNING") for s in range(3)]
     found = compare(runs, Question("x", baseline="loss=a"))
     (one,) = found.rows
-    assert one.step == 200 and one.effect is not None and one.effect.difference == -2.0 and one.verdict == "better"
+    assert one.step == 200 and one.effect is not None and one.verdict == "better"
+    assert one.effect.difference == pytest.approx(-0.5 * one.baseline_mean)
     assert "b: compared at step 200, the last in common; one side goes on to 300" in remarks(found)
     assert "b: still running" in remarks(found)
 
@@ -77,6 +80,75 @@ def test_what_is_not_finite_is_left_out_and_said() -> None:
     runs += [curve_run("b", s, {100: math.nan if s == 1 else 2.0 + s}) for s in range(3)]
     found = compare(runs, Question("x", baseline="loss=a"))
     assert found.rows[0].seeds == [0, 2] and "not finite with seed 1" in remarks(found)[0]
+    assert found.rows[0].verdict == "no verdict" and found.rows[0].p_holm is None
+    assert answer(found, "val/loss") == "No verdict on b (not finite with seed 1)."
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_an_arm_or_baseline_of_which_runs_failed_is_not_judged(side: str) -> None:
+    """Of four runs two failed: the two that are left are a selection."""
+    runs = [curve_run("a", s, {100: 1.0 + s / 9}) for s in range(6)] + [
+        curve_run("b", s, {100: 0.3 + s / 99}) for s in range(6)
+    ]
+    whole = compare(runs, Question("x", baseline="loss=a"))
+    assert whole.rows[0].verdict == "better"
+    runs = [
+        replace(run, status="FAILED", error="loss is not finite") if run.name in (f"{side}-1", f"{side}-2") else run
+        for run in runs
+    ]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    who = "this arm" if side == "b" else "the baseline"
+    assert found.rows[0].verdict == "no verdict" and f"2 of 6 runs of {who} failed" in answer(found, "val/loss")
+
+
+def test_two_seeds_are_not_judged_however_alike_they_are() -> None:
+    runs = [curve_run("a", s, {100: 6 / 8}) for s in range(2)] + [curve_run("b", s, {100: 5 / 8}) for s in range(2)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    assert found.rows[0].verdict == "two seeds only" and found.rows[0].p_holm is None
+    assert answer(found, "val/loss") == "Two seeds are too few to judge b."
+
+
+def test_an_arm_may_be_shown_equal_within_a_margin_or_undecided() -> None:
+    random = np.random.default_rng(0)
+    shared = 1 + 0.1 * random.standard_normal(6)
+    curves = {"a": shared, "b": shared * (1.003 + 0.002 * random.standard_normal(6))}
+    curves["c"] = shared * (1.05 + 0.1 * random.standard_normal(6))
+    runs = [curve_run(arm, s, {100: float(v)}) for arm, values in curves.items() for s, v in enumerate(values)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    near, far = found.rows
+    assert near.verdict == "equal" and near.margin == "2%" and said(near) == "equal within 2 %"
+    assert near.p_equal is not None and near.p_equal < 0.05
+    assert far.verdict == "undecided" and far.seeds_needed is not None and far.seeds_needed > 6
+    assert f"undecided, about {far.seeds_needed} seeds" == said(far)
+    assert answer(found, "val/loss").startswith("b is equal to a within 2 %. Undecided: c (")
+    narrow = compare(runs, Question("x", baseline="loss=a", equivalence="0.1%"))
+    assert narrow.rows[0].verdict == "worse" and narrow.rows[0].margin == "0.1%"
+    units = compare(runs, Question("x", baseline="loss=a", equivalence="0.02"))
+    assert said(units.rows[0]) == "equal within 0.02"
+
+
+def test_noises_of_a_prompt_are_one_item(tmp_path: Path) -> None:
+    """Four noises of six prompts are six items, not 24: other prompts would differ more than other noises do."""
+    for name in ("uniform", "minsnr"):
+        for seed in range(3):
+            path = write_run(tmp_path, {"loss": name}, seed, effect={"color/error": 0.01})
+            items = path / "items" / "color__error.jsonl"
+            items.write_text(re.sub(r"image(\d\d)", lambda m: f"p{int(m[1]) // 4}/{int(m[1]) % 4}", items.read_text()))
+    runs = [read_directory(path, {}) for path in sorted(tmp_path.iterdir())]
+    (one,) = compare(runs, Question("x", baseline="loss=uniform", metrics=["color/error"])).rows
+    assert one.effect is not None and (one.effect.seeds, one.effect.items) == (3, 6)
+
+
+def test_items_that_a_run_lacks_are_said_and_keep_from_a_verdict(tmp_path: Path) -> None:
+    for name in ("uniform", "minsnr"):
+        for seed in range(3):
+            path = write_run(tmp_path, {"loss": name}, seed, effect={"val/loss": -0.1 if name == "minsnr" else 0.0})
+            if (name, seed) == ("minsnr", 1):
+                items = path / "items" / "val__loss.jsonl"
+                items.write_text(items.read_text().replace("image03", "image99"))
+    runs = [read_directory(path, {}) for path in sorted(tmp_path.iterdir())]
+    found = compare(runs, Question("x", baseline="loss=uniform", metrics=["val/loss"]))
+    assert found.rows[0].verdict == "no verdict" and "2 items are not in every run" in answer(found, "val/loss")
 
 
 def test_without_a_common_seed_there_is_no_pair() -> None:
@@ -113,8 +185,9 @@ def test_items_count_only_where_the_metric_is_their_mean(tmp_path: Path) -> None
 def test_holm_counts_all_arms_and_metrics(found: Comparison) -> None:
     tested = [row for row in found.rows if row.p_holm is not None and row.effect is not None]
     assert len(tested) == 6  # three arms that did not fail, two metrics
-    smallest = min(tested, key=lambda row: row.effect.p or 0)  # type: ignore[union-attr]
-    assert smallest.effect is not None and smallest.effect.p is not None
+    claims = [row.effect.p for row in tested if row.effect] + [0.0] * 3  # three rows are identical, and so equal
+    smallest = min((row for row in tested if row.p_equal != 0), key=lambda row: row.effect.p or 0)  # type: ignore[union-attr]
+    assert smallest.effect is not None and smallest.effect.p is not None and len(claims) == 9
     assert smallest.p_holm == pytest.approx(6 * smallest.effect.p)
 
 

@@ -11,7 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from nai_xl import config
 from nai_xl.compare.comparison import Question, compare
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import Directions, better_direction, declared, verdict
+from nai_xl.compare.verdicts import (
+    Claims,
+    Directions,
+    better_direction,
+    declared,
+    declared_margins,
+    margin_of,
+    parse_margin,
+    verdict,
+)  # fmt: skip
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Evaluator
 from tests.compare.losses import Command
@@ -21,15 +30,37 @@ from tests.synthetic import write_run
 @pytest.mark.parametrize(
     ("metric", "difference", "p", "word"),
     [
-        ("val/loss", -1, 0.01, "better"), ("val/loss", -1, 0.05, "no difference shown"),
+        ("val/loss", -1, 0.01, "better"), ("val/loss", -1, 0.05, "undecided"),
         ("val/loss_band_0_250", 1, 0.01, "worse"),
         ("color/luminance_range", 1, 0.01, "better"), ("color/error_black", 1, 0.01, "worse"),
         ("coherence/right", -1, 0.01, "worse"), ("mine/thing", 1, 0.01, "higher"), ("mine/thing", -1, 0.01, "lower"),
-        ("color/luminance", -1, 0.01, "lower"), ("val/loss", 0, 0.0, "no difference shown"),
+        ("color/luminance", -1, 0.01, "lower"), ("val/loss", 0, 0.0, "undecided"),
     ],
 )  # fmt: skip
 def test_verdicts(metric: str, difference: float, p: float, word: str) -> None:
-    assert verdict(metric, difference, p) == word
+    assert verdict(metric, difference, Claims(p)) == verdict(metric, difference, Claims(p, 0.05)) == word
+    assert verdict(metric, difference, Claims(p, 0.049)) == "equal"
+    assert verdict(metric, difference, Claims(p, 0.049), level=0.001) == "undecided"
+
+
+@pytest.mark.parametrize(("text", "size"), [("2%", (0.02, True)), (" 0.5 % ", (0.005, True)), ("0.1", (0.1, False))])
+def test_a_margin_is_a_share_or_a_size(text: str, size: tuple[float, bool]) -> None:
+    assert parse_margin(text) == pytest.approx(size)
+
+
+@pytest.mark.parametrize("text", ["two", "-1%", "0", "inf", "nan%", "%"])
+def test_what_is_no_margin_is_told(text: str) -> None:
+    with pytest.raises(UserError, match="is no margin; set equivalence=2%"):
+        parse_margin(text)
+
+
+def test_margins_are_declared_as_directions_are(plugin: str) -> None:
+    assert margin_of("val/loss_band_0_250") == "2%" and margin_of("coherence/cut_2x") == "0.05"
+    assert margin_of("mine/thing") is None and margin_of("color/luminance") == "0.02"
+    mine = declared_margins([chosen(f"{plugin}.Sharpness", plugin)])
+    assert margin_of("sharp/edges", mine) == "3%" and margin_of("val/loss", mine) == "2%"
+    with pytest.raises(UserError, match="is no margin"):
+        declared_margins([chosen(f"{plugin}.Boundless", plugin)])
 
 
 def test_the_projects_own_metrics_have_these_directions() -> None:
@@ -56,6 +87,7 @@ def test_every_evaluator_keeps_the_whole_contract(option: str) -> None:
     kind: type[Evaluator] = config.locate(node[option]["_target_"])  # type: ignore[assignment, index]
     assert kind.looks_at in {path.stem for path in (config.conf_dir() / "task").glob("*.yaml")}
     assert set(kind.better.values()) <= {"lower", "higher"} and kind.changes_weights is False
+    assert all(parse_margin(margin)[0] > 0 for margin in kind.equal_within.values())
     assert all(callable(member) for member in (kind.texts, kind.held_out, kind.run))
 
 
@@ -64,12 +96,17 @@ def test_the_longest_beginning_counts() -> None:
     assert [better_direction(name, directions) for name in ("mine/misses", "mine/hits_2x", "val/loss")] == [
         "lower", "higher", None,
     ]  # fmt: skip
-    assert verdict("mine/hits", 1, 0.01, directions) == "better" and verdict("mine/x", 1, 0.01, directions) == "worse"
+    assert verdict("mine/hits", 1, Claims(0.01), directions) == "better"
+    assert verdict("mine/x", 1, Claims(0.01), directions) == "worse"
 
 
 PLUGIN = """
     class Sharpness:
         better = {"sharp/": "higher", "sharp/halo": "lower"}
+        equal_within = {"sharp/": "3%"}
+
+    class Boundless:
+        equal_within = {"sharp/": "a little"}
 
     class Older:
         pass
@@ -99,9 +136,9 @@ def test_a_plug_in_declares_its_own_directions(plugin: str) -> None:
     assert better_direction("sharp/halo", directions) == "lower"
     assert better_direction("val/loss", directions) == "lower" and better_direction("sharp/edges") is None
     runs = [
-        Run(f"{arm}-{seed}", {"loss": arm}, seed, curves={"sharp/edges": {1: seed + shift}})
+        Run(f"{arm}-{seed}", {"loss": arm}, seed, curves={"sharp/edges": {1: seed + shift * (8 + seed / 7)}})
         for arm, shift in (("a", 0.0), ("b", 1.0))
-        for seed in range(2)
+        for seed in range(3)
     ]
     assert compare(runs, Question("x", baseline="loss=a"), directions).rows[0].verdict == "better"
     assert compare(runs, Question("x", baseline="loss=a")).rows[0].verdict == "higher"
@@ -120,7 +157,7 @@ def test_a_direction_that_is_none_is_told(plugin: str) -> None:
 
 def test_the_command_asks_the_plug_ins_of_the_runs(told: Command, tmp_path: Path, plugin: str) -> None:
     for loss, shift in (("uniform", 0.0), ("minsnr", 0.1)):
-        for seed in range(2):
+        for seed in range(3):
             path = write_run(tmp_path, {"loss": loss}, seed, effect={"sharp/edges": shift}, sweep="sharp")
             cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), chosen(f"{plugin}.Sharpness", plugin))
             OmegaConf.save(cfg, path / "config.yaml")
