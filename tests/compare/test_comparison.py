@@ -86,7 +86,7 @@ def test_what_is_not_finite_is_left_out_and_said() -> None:
 
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_an_arm_or_baseline_of_which_runs_failed_is_not_judged(side: str) -> None:
-    """Of four runs two failed: the two that are left are a selection."""
+    """Of six runs two failed: the four that are left are a selection."""
     runs = [curve_run("a", s, {100: 1.0 + s / 9}) for s in range(6)] + [
         curve_run("b", s, {100: 0.3 + s / 99}) for s in range(6)
     ]
