@@ -447,6 +447,21 @@ def test_a_second_interruption_ends_programs_and_their_children_at_once(tmp_path
         psutil.Process(int(program.log.read_text()))
 
 
+def test_an_end_that_cannot_be_told_leaves_no_other_program_running(tmp_path: Path) -> None:
+    started: list[Running] = []
+
+    def watch(running: Any) -> None:
+        raise KeyboardInterrupt
+
+    def ended(running: Running, code: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    sleepers = [python("import time; time.sleep(600)", tmp_path / f"{number}.txt") for number in range(2)]
+    with pytest.raises(OSError, match="No space left"):
+        run_all(sleepers, [{}, {}], SimpleNamespace(asked=False), begun=started.append, ended=ended, watch=watch)
+    assert [one.process.poll() for one in started] == [-9, -9]
+
+
 @pytest.mark.parametrize(
     ("code", "output", "reason"),
     [
