@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.figures.method import method
 from nai_xl.compare.report import delivery
+from nai_xl.compare.runs.directory import read_directory
+from nai_xl.config import stored_config
 from nai_xl.errors import UserError
 from nai_xl.tracker.mlflow.delivery import Progress
 from tests.compare.losses import BASE, GOOD, QUESTION, Command
@@ -79,6 +82,16 @@ def test_the_figures_are_pictures(report: tuple[str, Path]) -> None:
 def test_two_directories_are_compared_with_the_first_as_baseline(told: Command, outputs: Path) -> None:
     out = told("outputs/p2-0", "outputs/uniform-0", "outputs/p2-1", "outputs/uniform-1", "metrics=val/loss")
     assert re.search(r"p2 +baseline", out) and re.search(r"uniform +better", out)
+
+
+def test_the_method_is_drawn_as_it_is_trained(tmp_path: Path) -> None:
+    runs, configs = [], {}
+    for normalized in ("false", "true"):
+        overrides = ["loss=minsnr", f"objective.normalize_weights={normalized}"]
+        path = write_run(tmp_path, {"normalized": normalized}, 0, effect={"val/loss": 0.0}, overrides=overrides)
+        runs.append(read_directory(path, {}))
+        configs[path.name] = stored_config(path)
+    assert method(compare(runs, Question("x")), configs) is not None
 
 
 def test_runs_outside_of_a_sweep_are_named_by_what_differs(told: Command, tmp_path: Path) -> None:
