@@ -16,6 +16,7 @@ from nai_xl.compare.figures import curves
 from nai_xl.compare.figures.canvas import Drawn
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.directory import read_directory
+from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.wording import answer, markdown, remarks
 from nai_xl.record.arm import Arm, write_arm
@@ -166,6 +167,14 @@ def test_a_run_under_way_has_noted_neither_images_nor_seconds(tmp_path: Path) ->
     write_arm(tmp_path, Arm(status="RUNNING"))
     run = read_directory(tmp_path, {})
     assert (run.images, run.seconds, run.images_per_step) == (None, None, None)
+
+
+def test_a_group_that_only_sets_others_names_no_arm() -> None:
+    choices = [{"experiment": "minsnr", "loss": "minsnr"}, {"hardware": "cpu", "recipe": "own", "loss": "minsnr"}]
+    runs = [Run(f"run-{i}", {}, i, config={"run.seed": i, **choice}) for i, choice in enumerate(choices)]
+    runs += [Run("run-2", {}, 0, config={"run.seed": 0, "debug": "fast", "loss": "uniform"})]
+    named = named_by_differences(runs, NOT_OF_THE_METHOD)
+    assert [run.label for run in named] == ["loss=minsnr", "loss=minsnr", "loss=uniform"]
 
 
 def test_parts_of_a_metric_are_compared_only_when_named() -> None:
