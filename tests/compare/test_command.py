@@ -15,6 +15,7 @@ from PIL import Image
 from nai_xl.compare.comparison import Comparison, Question, compare
 from nai_xl.compare.figures.method import method
 from nai_xl.compare.report import delivery
+from nai_xl.compare.runs import from_mlflow
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.config import stored_config
 from nai_xl.errors import UserError
@@ -153,7 +154,9 @@ def test_a_sweep_of_failures_says_why(tmp_path: Path, told: Command) -> None:
     assert "loss=uniform: uniform broke" in err and "loss=minsnr: minsnr broke" in err
 
 
-def test_runs_whose_directories_are_elsewhere_come_from_mlflow(told: Command, tmp_path: Path) -> None:
+def test_runs_whose_directories_are_elsewhere_come_from_mlflow(
+    told: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunTag
 
@@ -170,6 +173,8 @@ def test_runs_whose_directories_are_elsewhere_come_from_mlflow(told: Command, tm
             client.log_batch(run, points, params, [RunTag(*pair) for pair in tags.items()])
             client.set_terminated(run)
     out = told("runs=tags.sweep = 'far'", f"uri={uri}", f"output_dir={tmp_path}", "baseline=loss=uniform")
+    monkeypatch.setattr(from_mlflow, "PAGE", 4)
+    assert len(from_mlflow.search_mlflow(uri, "tags.sweep = 'far'")[1]) == 6
     assert re.search(r"minsnr +better", out) and (tmp_path / "compare-far" / "report.html").is_file()
     assert "selects no run" in told("runs=tags.sweep = 'none'", f"uri={uri}", status=1)
     assert "MLflow at" in told("runs=tags.sweep is odd", f"uri={uri}", status=1)
