@@ -370,6 +370,15 @@ def test_a_tracker_says_what_follows_the_whole_sweep(tmp_path: Path, monkeypatch
         sweep_tracker(config.compose([*own, "tracker._target_=own_trackers.function"]))
 
 
+def test_a_tracker_that_cannot_be_swept_is_refused_before_any_arm_leaves_a_trace(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own_trackers.py").write_text(PLUG_IN)
+    own = ["plugins=[own_trackers]", "tracker._target_=own_trackers.function"]
+    assert sweep(monkeypatch, *own, "optimizer.lr=fast,slow") == 1
+    assert "or set tracker=jsonl" in capsys.readouterr().err and not by_arm(folder)
+
+
 def test_an_arm_whose_record_is_damaged_is_trained(
     folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
