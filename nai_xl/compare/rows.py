@@ -71,9 +71,15 @@ def measure(metric: str, arm: ArmRuns, baseline: ArmRuns) -> Row:
         effect=effect(first, second),
         seeds=list(finite),
         step=step,
-        images=step * next(iter(finite.values()))[0].images_per_step,
+        images=_images(step, list(finite.values())),
         notes=notes,
     )
+
+
+def _images(step: int, pairs: Sequence[tuple[Run, Run]]) -> float | None:
+    """How many images had been seen by `step`, by the arm or else by the baseline; None if no run of them knows."""
+    runs = [pair[side] for side in (0, 1) for pair in pairs]
+    return next((step * run.images_per_step for run in runs if run.images_per_step is not None), None)
 
 
 def last_common_step(metric: str, runs: Sequence[Run]) -> int | None:
