@@ -231,6 +231,14 @@ class Tracker(Protocol):
     def artifact(self, path: Path) -> None: ...
     def where(self) -> list[str]: ...
 
+    @classmethod
+    def of_sweep(cls, **settings: Any) -> Any:
+        """What follows a whole sweep whose arms have this tracker: a tracker.sweep.SweepTracker.
+
+        `settings`: those of the tracker's config node. Called before any arm starts, without a run.
+        """
+        ...
+
 
 Direction = Literal["lower", "higher"]
 """Which values of a metric are better."""

@@ -25,6 +25,11 @@ class ArmRuns:
         """One of the runs, to read what all of them share; None without any."""
         return next(iter([*self.runs.values(), *self.failed]), None)
 
+    @property
+    def images_per_step(self) -> float | None:
+        """As the first of its runs that knows has it; None if none does."""
+        return next((run.images_per_step for run in self.runs.values() if run.images_per_step is not None), None)
+
 
 def group(runs: Sequence[Run]) -> tuple[list[ArmRuns], list[str]]:
     """Arms in the natural order of their labels, and notes on the runs that are left out.

@@ -41,6 +41,8 @@ def images_to_target(
 ) -> Target | None:
     """Images until the baseline's last value is reached, seed by seed; None if the metric is missing.
 
+    A seed is left out unless both of its runs know how many images they have seen.
+
     This is a description, not a test. An arm that is no better misses its target half of the time, so the arms that
     reach it with every seed are a selection, and their ratios are too good.
     """
@@ -50,6 +52,8 @@ def images_to_target(
     for seed in (seed for seed in arm.runs if seed in baseline.runs):
         run, other = arm.runs[seed], baseline.runs[seed]
         if not run.curves.get(metric) or not other.curves.get(metric):
+            continue
+        if run.images_per_step is None or other.images_per_step is None:
             continue
         target = other.curves[metric][max(other.curves[metric])]
         step, own = first_reached(run.curves[metric], target, good), first_reached(other.curves[metric], target, good)

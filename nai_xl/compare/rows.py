@@ -117,7 +117,7 @@ def measure(metric: str, arm: ArmRuns, baseline: ArmRuns, directions: Directions
         effect=effect(first, second, ratio=error and bool((first > 0).all() and (second > 0).all())),
         seeds=list(finite),
         step=step,
-        images=step * next(iter(finite.values()))[0].images_per_step,
+        images=_images(step, list(finite.values())),
         broken=_broken(arm, baseline, [seed for seed in pairs if seed not in finite], missing),
         notes=notes,
     )
@@ -136,6 +136,12 @@ def _broken(arm: ArmRuns, baseline: ArmRuns, infinite: Sequence[int], missing: i
     reasons += [f"not finite with {_seeds(infinite)}"] if infinite else []
     reasons += [f"{missing} items are not in every run"] if missing else []
     return ", ".join(reasons)
+
+
+def _images(step: int, pairs: Sequence[tuple[Run, Run]]) -> float | None:
+    """How many images had been seen by `step`, by the arm or else by the baseline; None if no run of them knows."""
+    runs = [pair[side] for side in (0, 1) for pair in pairs]
+    return next((step * run.images_per_step for run in runs if run.images_per_step is not None), None)
 
 
 def last_common_step(metric: str, runs: Sequence[Run]) -> int | None:

@@ -19,6 +19,7 @@ from nai_xl.compare.runs.run import Run
 from nai_xl.errors import UserError
 from nai_xl.record.config import read_config, read_params
 from nai_xl.tracker.mlflow.delivery import Progress
+from nai_xl.tracker.mlflow.store import default_uri
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Selection:
 
 def _in_mlflow(request: Request, output_dir: Path) -> Selection:
     """Runs by an MLflow filter: read from their directory if it is here, else from MLflow's own history."""
-    uri = request.settings.get("uri") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = request.settings.get("uri") or default_uri()
     client, everything = search_mlflow(uri, request.settings["runs"])
     selected = [one for one in everything if "sweep_summary" not in one.data.tags]
     sent = {path.parent: Progress.read(path.parent) for path in output_dir.glob("*/mlflow.json")}

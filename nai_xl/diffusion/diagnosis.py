@@ -7,7 +7,7 @@ Diffusion Noise Schedules and Sample Steps are Flawed, 2305.08891; [NAI] Improve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Diagnosis:
     """Tables over the timesteps t = 0..T-1 of one objective, each [T] float64."""
 
     noise: Tensor  # sigma/alpha, infinite at zero terminal SNR
-    weight: Tensor  # of the squared prediction error
+    weight: Tensor  # of the squared prediction error, divided by its mean if the objective does so
     density: Tensor  # probability of being drawn; sums to 1
 
     def __len__(self) -> int:
@@ -65,11 +65,12 @@ def diagnose(objective: Objective) -> Diagnosis:
     weight = objective.weighting(
         NoiseLevel(level.t.to(device), level.alpha.to(device), level.sigma.to(device)), objective.parameterization
     )
-    return Diagnosis(
+    found = Diagnosis(
         noise=level.sigma.double() / level.alpha.double(),
         weight=weight.cpu().double(),
         density=density(objective.timesteps, objective.schedule),
     )
+    return replace(found, weight=found.weight / found.mean_weight) if objective.normalize_weights else found
 
 
 @torch.no_grad()

@@ -29,7 +29,6 @@ class AutoencoderStudio:
     items: Sequence[Item]
     bucketing: Bucketing
     run_dir: Path
-    device: torch.device
 
 
 @dataclass(frozen=True)

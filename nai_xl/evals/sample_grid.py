@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
-from nai_xl.errors import UserError
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
 from nai_xl.evals.painter import Studio
 from nai_xl.interfaces import Direction
@@ -27,15 +28,11 @@ class SampleGrid:
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 
-    every: int
-    count: int = 12
+    every: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1)] = 12
     seed: int = 0
     prompts: Sequence[str] | None = None
     _prompts: list[Prompt] = field(default_factory=list, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.count < 1:
-            raise UserError("evals.sample_grid: every and count must be at least 1")
 
     def texts(self, items: Sequence[Item]) -> list[str]:
         """The prompts, known before training so that their text conditions can be cached."""

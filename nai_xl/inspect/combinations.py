@@ -32,10 +32,11 @@ class Combination:
 def build_objective(cfg: DictConfig) -> Objective:
     """The objective of a composed config on its native canvas; nothing else of it is looked at. Raises UserError."""
     chosen = {name: group for name, group in groups().items() if group in cfg}
-    config.check(cfg, only=["native", *chosen.values()])
-    parts = {name: config.build(cfg[group], tuple(cfg.plugins)) for name, group in chosen.items()}
+    config.check(cfg, only=["native", "objective", *chosen.values()])
+    plugins = tuple(cfg.plugins)
+    parts = {name: config.build(cfg[group], plugins) for name, group in chosen.items()}
     edge = int(cfg.native.resolution)
-    return compose_objective(Objective, edge, **parts).on_canvas(edge, edge)
+    return compose_objective(config.build(cfg.objective, plugins), edge, **parts).on_canvas(edge, edge)
 
 
 def inspect(overrides: Sequence[str], config_dir: Path | None = None) -> list[Combination]:

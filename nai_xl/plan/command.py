@@ -9,7 +9,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +62,9 @@ def main() -> None:
     gpus = [given.gpu] if given.gpu else list(GPUS.values())
     quiet_libraries()
     with config.mistakes_told():
+        if given.json:
+            with _told_unwritable(given.json):
+                given.json.open("a").close()  # before half a minute of work
         rows: list[tuple[Mapping[str, str], RunPlan | str]] = []
         for swept, choices, cfg in config.combinations(given.overrides, given.config_dir):
             rows.append((swept, _made_or_refused(cfg, choices, machines, alone=not swept)))
@@ -77,7 +81,17 @@ def main() -> None:
                 if isinstance(plan, str):
                     _say(f"- {described(point, plan)}")
         if given.json:
-            given.json.write_text(json.dumps([as_json(plan, gpus, machines) for plan in plans], indent=1))
+            written = [{"swept": dict(point), **as_json(plan, gpus, machines)} for point, plan in rows]
+            with _told_unwritable(given.json):
+                given.json.write_text(json.dumps(written, indent=1))
+
+
+@contextmanager
+def _told_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written ({error.strerror}); give another place") from error
 
 
 def _made_or_refused(cfg: DictConfig, choices: Mapping[str, str], machines: Machines, *, alone: bool) -> RunPlan | str:

@@ -145,7 +145,10 @@ def compared_cells(plan: RunPlan | str, gpus: Sequence[Gpu], machines: Machines)
     return [*numbers, card.name, f"{plan.spare(card):.1f}", f"{speed.images_per_second:.3g}" if speed else "-"]
 
 
-def as_json(plan: RunPlan, gpus: Sequence[Gpu], machines: Machines) -> dict[str, Any]:
+def as_json(plan: RunPlan | str, gpus: Sequence[Gpu], machines: Machines) -> dict[str, Any]:
+    """The numbers of a plan, or why there is none."""
+    if isinstance(plan, str):
+        return {"refused": plan}
     cards = {}
     for gpu in gpus:
         speed = plan.speed(gpu, machines)

@@ -25,7 +25,7 @@ class Setup:
         return any(action.compiles for action in self.memory.values())
 
     @property
-    def fuses_attention(self) -> bool:
+    def decides_attention(self) -> bool:
         """Whether the run says how attention is computed."""
         return any(action.attention for action in self.memory.values())
 
@@ -67,7 +67,7 @@ def advice(found: Summary, setup: Setup, *, on_gpu: bool) -> list[str]:
             f"{share[MEMORY]:.0%} goes to memory-bound operators: {setup.memory_with('compile')} fuses neighbours "
             "into one."
         )
-    if kind["softmax"] > 0.02 and not setup.fuses_attention:
+    if kind["softmax"] > 0.02 and not setup.decides_attention:
         said.append(f"Attention is not fused (softmax {kind['softmax']:.0%}): {setup.memory_with('sdpa')} is.")
     if kind["optimizer"] > 0.15:
         said.append(

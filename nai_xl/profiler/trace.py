@@ -76,10 +76,6 @@ class Summary:
     waits: dict[str, float]  # cuda...Synchronize a step, by the operator around it
     compiling: bool  # torch.compile was at work
 
-    @property
-    def on_gpu(self) -> bool:
-        return self.kernels > 0
-
 
 def classify(*names: str) -> tuple[str, str]:
     """Bound and kind of the first name that is known: a kernel's own, then that of the operator that launched it."""

@@ -128,7 +128,7 @@ class ArmRecord:
         self._write(replace(self.arm, status=status, error=error, seconds=round(seconds, 1)))
 
     def _write(self, arm: Arm) -> None:
-        with suppress(UserError):
+        with suppress(UserError, OSError):  # a full disk must not hide why the run ended
             self.home.create()
             with self.home.locked():
                 write_arm(self.home.path, arm)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 from yaml import YAMLError
 
@@ -15,7 +17,7 @@ from nai_xl.files import write_atomically
 from nai_xl.record.json_file import Damaged, read_json, write_json
 from nai_xl.record.run_dir import RunDirectory
 
-CURE = "the command that made the run writes the file again"
+CURE = "restore it from a copy, or remove the run's directory and train the run again"
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
@@ -27,13 +29,16 @@ def read_config(run_dir: Path) -> DictConfig | None:
     """The run's config; None where there is none. Its targets may have moved since. Raises Damaged."""
     path = RunDirectory(run_dir).config
     try:
-        cfg = OmegaConf.load(path)
+        written = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (YAMLError, UnicodeDecodeError) as error:
+    try:
+        cfg = OmegaConf.load(io.StringIO(written.decode()))
+        content: Any = OmegaConf.to_container(cfg)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:  # OSError: a single value
         raise Damaged(path, error, CURE) from error
-    if not isinstance(cfg, DictConfig):
-        raise Damaged(path, "it is no mapping", CURE)
+    if not isinstance(cfg, DictConfig) or all(value is None for value in content.values()):
+        raise Damaged(path, "it holds no settings", CURE)
     return cfg
 
 

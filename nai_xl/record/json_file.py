@@ -31,7 +31,7 @@ def read_json(path: Path, content: TypeAdapter[T], cure: str) -> T | None:
     """The file's content; None where there is no file. Raises Damaged, with this cure, for other than `content`."""
     try:
         return content.validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from nai_xl import config
 from nai_xl.errors import UserError
 
-NEEDED = ["plugins", "native", "run", "schedule", "parameterization", "sampling", "text", "precision"]
+NEEDED = ["plugins", "native", "schedule", "parameterization", "sampling", "text", "precision"]
 
 
 def read_config(run: Path) -> DictConfig:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nai_xl import config
 from nai_xl.diffusion.sampling import Sampling
-from nai_xl.errors import UserError, keyed
+from nai_xl.errors import UserError, one_line
 from nai_xl.evals.painter import Painter
-from nai_xl.interfaces import Denoiser
+from nai_xl.interfaces import Denoiser, Precision
 from nai_xl.model.sdxl import load_sdxl
 from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import encode_texts
@@ -34,12 +34,16 @@ def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: Any) -
     build = functools.partial(config.build, plugins=tuple(cfg.plugins))
     own: Sampling = build(cfg.sampling)
     schedule = build(cfg.schedule)
-    with keyed("sampling"):
+    try:
         sampling = replace(own, **{name: value for name, value in settings.items() if value is not None})
         schedule.inference_timesteps(sampling.steps)  # refuses more steps than there are before any weight is read
+    except ValueError as error:  # it begins with the setting's name, which is the option's too
+        raise UserError(f"--{one_line(error)}") from error
     pipeline = RunDirectory(run).pipeline
     if not pipeline.is_dir():
         raise UserError(f"{run} holds no pipeline yet; a run writes it when it is finished")
+    if not (pipeline / "unet").is_dir():
+        raise UserError(f"{pipeline} holds no network that paints; give a run of task=text_to_image")
     parts = load_sdxl(pipeline)
     for module in (parts.unet, parts.vae, *parts.text_encoders):
         module.to(device)
@@ -50,7 +54,7 @@ def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: Any) -
         return context[0], pooled[0]
 
     return Painter(
-        denoise=_as_trained(parts, cfg.precision.autocast, device),
+        denoise=_as_trained(parts, build(cfg.precision).autocast, device),
         schedule=schedule,
         parameterization=build(cfg.parameterization),
         sampling=sampling,
@@ -60,7 +64,7 @@ def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: Any) -
     )
 
 
-def _as_trained(parts: Components, mixed_precision: str, device: torch.device) -> Denoiser:
+def _as_trained(parts: Components, mixed_precision: Precision, device: torch.device) -> Denoiser:
     """The UNet in the precision of the run."""
     dtype = AUTOCAST.get(mixed_precision)
     return torch.autocast(device.type, dtype)(parts.unet.forward) if dtype else parts.unet

@@ -45,11 +45,11 @@ class Sweep:
         common, _, _ = config.opened(composed[0])
         config.check(common, only=["sweep", "tracker"])
         settings: SweepSettings = config.build(common.sweep)
+        self.tracker = sweep_tracker(common)
         gpus = visible_gpus()
         members = [member_of(self.module, master, cfg, settings, len(gpus)) for cfg in composed]
         refuse_shared(members)
         distinct = list({member.path: member for member in members}.values())
-        self.tracker = sweep_tracker(common)
         self.members += distinct
         if any(member.status == "not started" for member in distinct):
             lines = self.tracker.begin(
@@ -86,12 +86,12 @@ def sweep_tracker(cfg: DictConfig) -> SweepTracker:
     target: Any = config.locate(str(cfg.tracker._target_), tuple(cfg.plugins))
     content: Any = OmegaConf.to_container(cfg.tracker, resolve=True)
     settings = {key: value for key, value in content.items() if not key.startswith("_")}
-    try:
-        of_sweep = target.of_sweep
-    except AttributeError as error:
+    if not hasattr(target, "of_sweep"):  # no class that derives from a tracker, as a plug-in may have it
         name = cfg.tracker._target_
-        raise UserError(f"tracker {name} cannot be swept; derive it from nai_xl.tracker.jsonl.NoTracker") from error
-    tracker: SweepTracker = of_sweep(**settings)
+        raise UserError(
+            f"tracker {name} cannot be swept; derive it from nai_xl.tracker.jsonl.NoTracker, or set tracker=jsonl"
+        )
+    tracker: SweepTracker = target.of_sweep(**settings)
     return tracker
 
 

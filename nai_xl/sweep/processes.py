@@ -112,6 +112,7 @@ def run_all(
     finally:  # after an interruption, some are still running
         for one in running:
             one.kill()
+        for one in running:
             ended(one, int(one.process.returncode))
     return len(programs) - len(waiting)
 

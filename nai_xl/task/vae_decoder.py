@@ -117,7 +117,6 @@ class VaeDecoder:
             items=data.held_out or data.index.items,
             bucketing=self.bucketing,
             run_dir=run.path,
-            device=state.strategy.device,
         )
 
     def described(self) -> Mapping[str, str]:

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.figures.method import method
 from nai_xl.compare.report import delivery
+from nai_xl.compare.runs import from_mlflow
+from nai_xl.compare.runs.directory import read_directory
+from nai_xl.config import stored_config
 from nai_xl.errors import UserError
 from nai_xl.tracker.mlflow.delivery import Progress
 from tests.compare.losses import BASE, GOOD, QUESTION, Command
@@ -90,6 +94,16 @@ def test_two_directories_are_compared_with_the_first_as_baseline(told: Command, 
     assert re.search(r"p2 +baseline", out) and re.search(r"uniform +better", out)
 
 
+def test_the_method_is_drawn_as_it_is_trained(tmp_path: Path) -> None:
+    runs, configs = [], {}
+    for normalized in ("false", "true"):
+        overrides = ["loss=minsnr", f"objective.normalize_weights={normalized}"]
+        path = write_run(tmp_path, {"normalized": normalized}, 0, effect={"val/loss": 0.0}, overrides=overrides)
+        runs.append(read_directory(path, {}))
+        configs[path.name] = stored_config(path)
+    assert method(compare(runs, Question("x")), configs) is not None
+
+
 def test_runs_outside_of_a_sweep_are_named_by_what_differs(told: Command, tmp_path: Path) -> None:
     for rate in ("0.001", "0.002"):
         for seed in (0, 1):
@@ -149,7 +163,9 @@ def test_a_sweep_of_failures_says_why(tmp_path: Path, told: Command) -> None:
     assert "loss=uniform: uniform broke" in err and "loss=minsnr: minsnr broke" in err
 
 
-def test_runs_whose_directories_are_elsewhere_come_from_mlflow(told: Command, tmp_path: Path) -> None:
+def test_runs_whose_directories_are_elsewhere_come_from_mlflow(
+    told: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunTag
 
@@ -166,6 +182,8 @@ def test_runs_whose_directories_are_elsewhere_come_from_mlflow(told: Command, tm
             client.log_batch(run, points, params, [RunTag(*pair) for pair in tags.items()])
             client.set_terminated(run)
     out = told("runs=tags.sweep = 'far'", f"uri={uri}", f"output_dir={tmp_path}", "baseline=loss=uniform")
+    monkeypatch.setattr(from_mlflow, "PAGE", 4)
+    assert len(from_mlflow.search_mlflow(uri, "tags.sweep = 'far'")[1]) == 6
     assert re.search(r"minsnr +better", out) and (tmp_path / "compare-far" / "report.html").is_file()
     assert "selects no run" in told("runs=tags.sweep = 'none'", f"uri={uri}", status=1)
     assert "MLflow at" in told("runs=tags.sweep is odd", f"uri={uri}", status=1)

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from omegaconf import OmegaConf
 
 from nai_xl.compare.arms import group
 from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.figures import curves
+from nai_xl.compare.figures.canvas import Drawn
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.directory import read_directory
+from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.wording import answer, markdown, remarks, said
+from nai_xl.record.arm import Arm, write_arm
 from tests.compare.losses import BAD, GOOD, LOST, METRICS, SAME
 from tests.synthetic import write_run
 
@@ -202,6 +207,46 @@ def test_images_to_the_baselines_last_loss() -> None:
     assert targets["loss=b"].ratio is not None and targets["loss=b"].ratio[0] == pytest.approx((2 / 3 * 1 / 2) ** 0.5)
     assert targets["loss=c"].ratio is not None and targets["loss=d"].ratio is None
     assert targets["loss=d"].images == {0: None, 1: 3000}
+
+
+def test_a_run_that_counts_no_images_yet_has_no_share_of_the_baselines() -> None:
+    runs = [curve_run("a", s, {100: 5.0, 200: 3.0}, images=3200, steps=200) for s in (0, 1)]
+    runs += [curve_run("b", 0, {100: 3.0}, status="RUNNING"), curve_run("b", 1, {100: 3.0}, images=3200, steps=200)]
+    runs += [curve_run("c", s, {100: 3.0}, status="RUNNING") for s in (0, 1)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    (target,) = found.targets
+    assert target.arm == "loss=b" and target.images == {1: 1600} and target.baseline_images == {1: 3200}
+    assert [row.images for row in found.rows] == [1600, 1600]
+    nowhere = [curve_run(arm, 0, {100: 3.0}, status="RUNNING") for arm in "ab"]
+    assert compare(nowhere, Question("x", baseline="loss=a")).rows[0].images is None
+
+
+def test_curves_are_over_steps_unless_every_arm_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes: list[Axes] = []
+    monkeypatch.setattr(curves, "save", lambda figure: axes.extend(figure.axes) or Drawn(b""))
+    counted = [curve_run(arm, 0, {100: 5.0, 200: 3.0}, images=3200, steps=200) for arm in "ab"]
+    for last, label, end in (
+        (counted[1], "images seen", 3200),
+        (replace(counted[1], images=None), "optimizer steps", 200),
+    ):
+        axes.clear()
+        curves.curves(compare([counted[0], last], Question("x", baseline="loss=a")))
+        assert axes[1].get_xlabel() == label
+        assert {line.get_xdata()[-1] for line in axes[0].lines} == {end}
+
+
+def test_a_run_under_way_has_noted_neither_images_nor_seconds(tmp_path: Path) -> None:
+    write_arm(tmp_path, Arm(status="RUNNING"))
+    run = read_directory(tmp_path, {})
+    assert (run.images, run.seconds, run.images_per_step) == (None, None, None)
+
+
+def test_a_group_that_only_sets_others_names_no_arm() -> None:
+    choices = [{"experiment": "minsnr", "loss": "minsnr"}, {"hardware": "cpu", "recipe": "own", "loss": "minsnr"}]
+    runs = [Run(f"run-{i}", {}, i, config={"run.seed": i, **choice}) for i, choice in enumerate(choices)]
+    runs += [Run("run-2", {}, 0, config={"run.seed": 0, "debug": "fast", "loss": "uniform"})]
+    named = named_by_differences(runs, NOT_OF_THE_METHOD)
+    assert [run.label for run in named] == ["loss=minsnr", "loss=minsnr", "loss=uniform"]
 
 
 def test_parts_of_a_metric_are_compared_only_when_named() -> None:

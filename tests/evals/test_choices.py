@@ -21,6 +21,7 @@ def test_all_can_be_chosen_together() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [("evals.color.colors=[mauve]", "no colour mauve"), ("evals.color.sizes=[]", "at least 1"),
+     ("evals.sample_grid.count=0", "greater than or equal to 1"), ("evals.sample_grid.every=0", "equal to 1"),
      ("evals.coherence.sizes=[0]", "greater than 0"), ("evals.val_loss.count=0", "greater than or equal to 1"),
      ("data.held_out=1.5", "less than 1"), ("data.include=[circles]", "should be"),
      ("data.resolution=100", "multiple of 16")],

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.diffusion import loss, timesteps
 from nai_xl.diffusion.diagnosis import PURE_NOISE, diagnose, sentences
@@ -25,7 +26,7 @@ from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.inspect.__main__ import main
-from nai_xl.inspect.combinations import inspect
+from nai_xl.inspect.combinations import build_objective, inspect
 from nai_xl.inspect.remarks import described
 from nai_xl.inspect.table import numbers
 from nai_xl.interfaces import NoiseLevel, Parameterization, Schedule, TimestepSampler, Weighting
@@ -185,6 +186,17 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., s
     """Runs the command in a directory of its own; what it printed."""
     monkeypatch.chdir(tmp_path)
     return partial(typed, main)
+
+
+def test_normalized_weights_are_shown_as_they_are_trained(told: Callable[..., str]) -> None:
+    plain, normalized = inspect(["objective.normalize_weights=false,true", "loss=minsnr"])
+    assert plain.diagnosis and normalized.diagnosis
+    assert plain.diagnosis.mean_weight < 0.9 and normalized.diagnosis.mean_weight == pytest.approx(1)
+    made = build_objective(config.compose(["loss=minsnr"]))
+    trained = plain.diagnosis.weight / made.expected_weight(64, 64)
+    assert normalized.diagnosis.weight.numpy() == pytest.approx(trained.numpy(), rel=1e-6)
+    err = told("loss=uncertainty", "objective.normalize_weights=true", status=1)
+    assert "objective.normalize_weights=true has no meaning for a weighting that learns" in err
 
 
 def test_refused_pairs_stand_in_the_table_with_their_reason(told: Callable[..., str]) -> None:

@@ -101,9 +101,19 @@ def test_several_plans_get_a_row_each(told: Callable[..., str]) -> None:
     assert "optimizer_in_backward cannot accumulate" in out
 
 
+def test_the_numbers_of_several_plans_say_whose_they_are(told: Callable[..., str], tmp_path: Path) -> None:
+    told("memory=[sdpa],[sdpa,optimizer_in_backward]", "run.grad_accum=2", "--json", f"{tmp_path}/p.json")
+    fits, refused = json.loads((tmp_path / "p.json").read_text())
+    assert fits["swept"] == {"memory": "[sdpa]"} and fits["needed"] > 0
+    assert refused["swept"] == {"memory": "[sdpa,optimizer_in_backward]"}
+    assert "optimizer_in_backward cannot accumulate" in refused["refused"] and "needed" not in refused
+
+
 def test_mistakes_are_told(told: Callable[..., str]) -> None:
     assert "did you mean 'gpu_24gb'" in told("hardware=gpu_24g", status=1)
     assert "no parameter 'beta'" in told("optimizer.beta=1", status=1)
+    assert "data.dir=/none/typo: no such folder" in told("data=folder", "data.dir=/none/typo", status=1)
+    assert "error: --json /none/x.json cannot be written" in told("--json", "/none/x.json", status=1)
     assert "begin at 1" in told("--gpus", "0", status=2)
     assert "no card .a100. in the table" in told("--gpu", "a100", status=2).replace("'", ".")
 

@@ -42,6 +42,16 @@ def test_a_run_in_other_hands_is_not_noted(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ZeroDivisionError), note(tmp_path) as kept:
+        kept.begin()
+        monkeypatch.setattr("nai_xl.record.arm.write_json", full)
+        raise ZeroDivisionError
+
+
 def test_a_run_can_be_an_arm_of_two_sweeps(tmp_path: Path) -> None:
     write_arm(tmp_path, Arm("first", {"loss": "uniform"}, 0, "00000000", "FINISHED", steps=7))
     other = ArmRecord(RunDirectory(tmp_path), Arm("second", {"lr": 1e-3}, 0, "00000000"))

@@ -46,10 +46,12 @@ def test_the_config_is_kept_with_its_interpolations_resolved(tmp_path: Path) -> 
     assert read_config(tmp_path) == {"a": {"b": 1e-3}, "c": 1e-3, "_target_": "gone.away"}
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"- 1\n", b"\xff"])
+@pytest.mark.parametrize("content", [b"a: [", b"- 1\n", b"\xff", b"5", b"a: ${", b"abc", b""])
 def test_a_damaged_config_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(Damaged, match=r"config\.yaml is damaged .*; the command that made the run"):
+    with pytest.raises(
+        Damaged, match=r"config\.yaml is damaged .*; restore it from a copy, or remove the run's directory"
+    ):
         read_config(tmp_path)
 
 
@@ -62,3 +64,4 @@ def test_params_are_read_as_they_were_written(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text('{"params": 1}')
     with pytest.raises(Damaged, match=r"params\.json is damaged"):
         read_params(tmp_path)
+    assert read_params(tmp_path / "params.json") == Params()  # a file in the run's place has none either

@@ -1,5 +1,6 @@
 """python -m nai_xl.sample: pictures of a finished run, the same that the run itself would paint."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,10 @@ def test_a_sample_is_what_the_run_itself_paints(
 
     monkeypatch.setattr(SampleGrid, "run", look)
     run = train(small("run.max_images=2", *overrides.split()))
+    stored = OmegaConf.load(run / "config.yaml")
+    if stored.precision.autocast == "no":  # the option's default need not be written down
+        del stored.precision["autocast"]
+        OmegaConf.save(stored, run / "config.yaml")
     [path] = sample(run, TEXT, "--size", "160x96", "--seed", 7)
     assert Image.open(path).size == (160, 96)
     # the exported autoencoder's factor is the reciprocal of the run's, to the last bit but one
@@ -117,12 +122,14 @@ def test_pictures_say_how_to_paint_them_again(
     assert "multiples of 8" in mistake(run, TEXT, "--size", "0x96")
     assert "multiples of 8" in mistake(run, TEXT, "--size", "large")
     assert "--count 0" in mistake(run, TEXT, "--count", 0)
-    assert "sampling.steps=2000" in mistake(run, TEXT, "--steps", 2000)
-    assert "rescale=2.0: must lie in [0, 1]" in mistake(run, TEXT, "--rescale", 2)
+    assert "error: --steps=2000: must lie in 1..1000" in mistake(run, TEXT, "--steps", 2000)
+    assert "error: --rescale=2.0: must lie in [0, 1]" in mistake(run, TEXT, "--rescale", 2)
     (tmp_path / "file").touch()
     assert "--out" in mistake(run, TEXT, "--out", tmp_path / "file" / "below")
     (run / "pipeline" / "model_index.json").unlink()
     assert "model_index.json" in mistake(run, TEXT)
+    shutil.rmtree(run / "pipeline" / "unet")  # as a run of task=vae_decoder leaves it
+    assert "holds no network that paints; give a run of task=text_to_image" in mistake(run, TEXT)
 
 
 def test_a_canvas_is_painted_on_its_own_schedule() -> None:

@@ -370,6 +370,15 @@ def test_a_tracker_says_what_follows_the_whole_sweep(tmp_path: Path, monkeypatch
         sweep_tracker(config.compose([*own, "tracker._target_=own_trackers.function"]))
 
 
+def test_a_tracker_that_cannot_be_swept_is_refused_before_any_arm_leaves_a_trace(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own_trackers.py").write_text(PLUG_IN)
+    own = ["plugins=[own_trackers]", "tracker._target_=own_trackers.function"]
+    assert sweep(monkeypatch, *own, "optimizer.lr=fast,slow") == 1
+    assert "or set tracker=jsonl" in capsys.readouterr().err and not by_arm(folder)
+
+
 def test_an_arm_whose_record_is_damaged_is_trained(
     folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -445,6 +454,21 @@ def test_a_second_interruption_ends_programs_and_their_children_at_once(tmp_path
     with pytest.raises(psutil.NoSuchProcess):
         psutil.Process(int(program.log.read_text())).wait(timeout=10)  # soon, where it is not so already
         psutil.Process(int(program.log.read_text()))
+
+
+def test_an_end_that_cannot_be_told_leaves_no_other_program_running(tmp_path: Path) -> None:
+    started: list[Running] = []
+
+    def watch(running: Any) -> None:
+        raise KeyboardInterrupt
+
+    def ended(running: Running, code: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    sleepers = [python("import time; time.sleep(600)", tmp_path / f"{number}.txt") for number in range(2)]
+    with pytest.raises(OSError, match="No space left"):
+        run_all(sleepers, [{}, {}], SimpleNamespace(asked=False), begun=started.append, ended=ended, watch=watch)
+    assert [one.process.poll() for one in started] == [-9, -9]
 
 
 @pytest.mark.parametrize(

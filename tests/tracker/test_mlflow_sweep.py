@@ -64,8 +64,8 @@ def test_report_too_long_for_a_description_leaves_the_question_there(uri: str, t
     assert runs[0].data.tags["mlflow.note.content"] == "Is it long?"
 
 
-def test_summary_for_a_store_that_is_not_there_names_the_override(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tracker\.uri"):
+def test_summary_for_a_store_that_is_not_there_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not answer .*; python -m nai_xl\.sync RUN_DIR --uri="):
         log_summary("a", "b", [], {}, uri="sqlite:////proc/none/x.db")
 
 

@@ -346,6 +346,21 @@ def test_a_store_that_another_run_has_reached_may_be_away_at_the_start(
     arrived(client(tmp_path), sent_run(second), 2)
 
 
+def test_a_damaged_record_is_named_and_sent_once_it_is_mended(
+    folder: Path, tmp_path: Path, hurried: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MlflowTracker(folder) as tracker:
+        params = folder / "params.json"
+        params.write_text("{")
+        tracker.outbox.append(time=0, kind="params", file=params.name)
+        tracker.sender.wake()
+        until(lambda: f"{params} is damaged" in capsys.readouterr().err)
+        report(tracker, 1)
+        params.write_text('{"params": {"a": 1}}')
+        until(lambda: tracker.delivery.waiting() == 0)
+    arrived(client(tmp_path), sent_run(folder), 1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -59,6 +59,16 @@ def curves(found: Comparison) -> Drawn | None:
         return save(figure)
 
 
+def _counted(found: Comparison) -> bool:
+    """Whether every arm knows its images per step, so that curves can be drawn over images; else it is over steps."""
+    return all(arm.images_per_step is not None for arm in found.arms if arm.runs)
+
+
+def _scale(found: Comparison, arm: ArmRuns) -> float:
+    """By which the arm's steps are drawn."""
+    return (arm.images_per_step or 1.0) if _counted(found) else 1.0
+
+
 def _points(arm: ArmRuns, metric: str) -> int:
     return max((len(run.curves.get(metric, {})) for run in arm.runs.values()), default=0)
 
@@ -79,7 +89,7 @@ def _curve_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) -> No
         steps, values = _table([run.curves[metric] for run in runs])
         if not len(steps):
             continue
-        x, (colour, dashes) = steps * runs[0].images_per_step, looks[arm.label]
+        x, (colour, dashes) = steps * _scale(found, arm), looks[arm.label]
         axis.plot(x, values.mean(0), color=colour, dashes=dashes, lw=2.4)
         faint = min(0.18, 0.7 / len(found.arms))  # many bands over each other must not hide the lines
         axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=faint, lw=0)
@@ -92,7 +102,7 @@ def _curve_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) -> No
 
 def _difference_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) -> None:
     axis.axhline(0, color=INK, lw=1.8)
-    means = [_difference(axis, arm, found.arms[0], metric, looks) for arm in found.arms[1:]]
+    means = [_difference(axis, arm, found, metric, looks) for arm in found.arms[1:]]
     inner = [mean[np.isfinite(mean)] for mean in means if mean is not None]
     late = np.concatenate([mean[len(mean) // 4 :] for mean in inner]) if inner else np.zeros(0)
     if len(late):  # the first quarter may be wild, and an interval of two seeds may be endless
@@ -104,12 +114,12 @@ def _difference_panel(axis: Axes, found: Comparison, metric: str, looks: Looks) 
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.tick_params(labelbottom=True)  # panels below hide it otherwise
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"))
-    counted = any(run.images for arm in found.arms for run in arm.runs.values())
-    axis.set_xlabel("images seen" if counted else "optimizer steps")
+    axis.set_xlabel("images seen" if _counted(found) else "optimizer steps")
 
 
-def _difference(axis: Axes, arm: ArmRuns, baseline: ArmRuns, metric: str, looks: Looks) -> Array | None:
+def _difference(axis: Axes, arm: ArmRuns, found: Comparison, metric: str, looks: Looks) -> Array | None:
     """Draw one arm's difference; its mean over seeds, or None if the two have no seed or no step in common."""
+    baseline = found.arms[0]
     seeds = [seed for seed in arm.runs if seed in baseline.runs]
     pairs = [(arm.runs[seed], baseline.runs[seed]) for seed in seeds]
     pairs = [pair for pair in pairs if all(metric in run.curves for run in pair)]
@@ -120,7 +130,7 @@ def _difference(axis: Axes, arm: ArmRuns, baseline: ArmRuns, metric: str, looks:
         return None
     difference = values[0::2] - values[1::2]
     mean, (colour, dashes) = difference.mean(0), looks[arm.label]
-    x = steps * pairs[0][0].images_per_step
+    x = steps * _scale(found, arm)
     axis.plot(x, mean, color=colour, dashes=dashes, lw=2.2)
     if len(pairs) > 1:
         half = critical_t(len(pairs) - 1) * difference.std(0, ddof=1) / np.sqrt(len(pairs))

@@ -25,7 +25,7 @@ def method(found: Comparison, configs: Mapping[str, DictConfig]) -> Drawn | None
         if run is None or not configs.get(run.name):
             continue
         cfg = configs[run.name]
-        parts = [key for key in cfg if key in config.groups() or key in ("plugins", "native")]
+        parts = [key for key in cfg if key in config.groups() or key in ("plugins", "native", "objective")]
         try:
             tables[found.names[arm.label]] = diagnose(build_objective(OmegaConf.masked_copy(cfg, parts)))
         except UserError:

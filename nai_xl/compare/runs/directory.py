@@ -34,9 +34,9 @@ def read_directory(path: Path, config: Mapping[str, Any], sweep: str = "") -> Ru
         seed=arm.seed,
         status=arm.status,
         error=arm.error or "",
-        seconds=arm.seconds if noted else None,
+        seconds=arm.seconds or None,  # 0: not noted before the run's end
         steps=arm.steps or max((step for curve in measured.values() for step in curve), default=None),
-        images=arm.images if noted else None,
+        images=arm.images or None,
         curves=measured,
         config=config,
         path=path,

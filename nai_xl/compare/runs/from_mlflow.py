@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nai_xl.compare.runs.run import Run
 from nai_xl.errors import UserError
+from nai_xl.tracker.mlflow.store import opened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
 
+PAGE = 1000  # runs of one answer
 STATUS = {"KILLED": "STOPPED", "SCHEDULED": "RUNNING"}
 NOTES = ("seed", "error", "git_commit", "data_fingerprint", "signature")  # tags that name no choice
 
@@ -20,18 +23,25 @@ def search_mlflow(uri: str, query: str) -> tuple[MlflowClient, list[MlflowRun]]:
 
     Raises UserError when MLflow cannot answer, or selects none.
     """
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
-        client = MlflowClient(tracking_uri=uri)
-        experiments = [known.experiment_id for known in client.search_experiments()]
-        found = list(client.search_runs(experiments, query, max_results=1000))
+        with opened(uri) as client:
+            experiments = [known.experiment_id for known in client.search_experiments()]
+        found = list(_every_page(client, experiments, query))
     except (MlflowException, OSError) as error:
         raise UserError(f"runs={query!r}: MLflow at {uri} says: {error}; set uri=... if it is another store") from error
     if not found:
         raise UserError(f"runs={query!r} selects no run at {uri}; set uri=... or another filter")
     return client, found
+
+
+def _every_page(client: MlflowClient, experiments: list[str], query: str) -> Iterator[MlflowRun]:
+    page = client.search_runs(experiments, query, max_results=PAGE)
+    yield from page
+    while page.token:
+        page = client.search_runs(experiments, query, max_results=PAGE, page_token=page.token)
+        yield from page
 
 
 def read_mlflow(client: MlflowClient, found: MlflowRun) -> Run:

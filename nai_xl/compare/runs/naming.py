@@ -16,6 +16,10 @@ NOT_OF_THE_METHOD = (
     "sweep.",
     "tracker.",
     "hydra.",
+    "debug",  # what the options of these four groups set stands in the config beside the choice
+    "experiment",
+    "hardware",
+    "recipe",
 )  # settings that say nothing about what an arm is
 
 

@@ -43,9 +43,9 @@ class Run:
         return self.status == "FAILED"
 
     @cached_property
-    def images_per_step(self) -> float:
-        """1 if it is not known, so that curves are over steps."""
-        return self.images / self.steps if self.images and self.steps else 1.0
+    def images_per_step(self) -> float | None:
+        """None if it is not known: arm.json counts images only once the run has ended."""
+        return self.images / self.steps if self.images and self.steps else None
 
     def items(self, metric: str) -> dict[int, dict[str, float]]:
         """step -> item -> value; empty if the metric has no items, or they are not on this machine."""

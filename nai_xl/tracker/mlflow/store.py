@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -30,21 +31,35 @@ def default_uri() -> str:
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client of the store, and the id of `experiment`, which is created if missing.
 
-    Several processes that open a missing database at once would corrupt its first migration, or create the experiment
-    twice, so they take turns. Raises MlflowException or OSError when the store does not answer.
+    Raises MlflowException or OSError when the store does not answer.
+    """
+    # without this location, MLflow would look for artifacts in the working directory of whoever reads them
+    location = (_database(uri).parent / "mlruns").as_uri() if uri.startswith(SQLITE) else None
+    with opened(uri) as client:
+        return client, _experiment_id(client, experiment, location)
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[MlflowClient]:
+    """A client of the store, to be used inside the block for the first time and afterwards as long as it is needed.
+
+    Several processes that open a missing database at once would corrupt its first migration, or create an experiment
+    twice, so they take turns at the block. Raises MlflowException or OSError when the store does not answer.
     """
     from mlflow import MlflowClient
 
     _quiet()
     if not uri.startswith(SQLITE):
-        client = MlflowClient(tracking_uri=uri)
-        return client, _experiment_id(client, experiment, None)
-    database = Path(uri.removeprefix(SQLITE))
+        yield MlflowClient(tracking_uri=uri)
+        return
+    database = _database(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock"):
-        client = MlflowClient(tracking_uri=uri)
-        # without this location, MLflow would look for artifacts in the working directory of whoever reads them
-        return client, _experiment_id(client, experiment, (database.parent / "mlruns").as_uri())
+        yield MlflowClient(tracking_uri=uri)
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix(SQLITE))
 
 
 def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:

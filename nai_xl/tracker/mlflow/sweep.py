@@ -38,7 +38,7 @@ class MlflowSweep(SweepTracker):
 
         Raises UserError when the store does not answer.
         """
-        with _answering(self.uri):
+        with _answering(self.uri, "set tracker.uri=..., or tracker=jsonl"):
             client, experiment_id = open_store(self.uri, self.experiment)
             _ask(client, experiment_id, sweep, question)
             client.set_experiment_tag(experiment_id, view_tag(sweep), view(sweep, keys, metrics, shared))
@@ -138,7 +138,7 @@ def log_summary(
     Raises UserError when the store does not answer.
     """
     uri = uri or default_uri()
-    with _answering(uri):
+    with _answering(uri, "python -m nai_xl.sync RUN_DIR --uri=... sends runs to another store"):
         client, experiment_id = open_store(uri, experiment)
         run = _summary(client, experiment_id, sweep)
         run_id = str(run.info.run_id)
@@ -152,13 +152,13 @@ def log_summary(
 
 
 @contextmanager
-def _answering(uri: str) -> Iterator[None]:
+def _answering(uri: str, cure: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise UserError(f"the MLflow store {uri} does not answer ({one_line(error)}). Set tracker.uri=...") from error
+        raise UserError(f"the MLflow store {uri} does not answer ({one_line(error)}); {cure}") from error
 
 
 def _summary(client: MlflowClient, experiment_id: str, sweep: str) -> Run:

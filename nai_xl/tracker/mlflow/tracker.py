@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from nai_xl.errors import UserError, one_line
+from nai_xl.record.json_file import Damaged
 from nai_xl.tracker.jsonl import JsonlTracker
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
 from nai_xl.tracker.mlflow.store import default_uri, how_to_serve, run_page
@@ -55,7 +56,7 @@ class MlflowTracker(JsonlTracker):
                     f"cannot open the MLflow store {uri} ({one_line(error)}). Set tracker.uri=..., or use "
                     "tracker=jsonl."
                 ) from error
-            _tell(self.run_dir, error)
+            _tell(self.run_dir, _away(error))
         self.sender = Sender(self.delivery, told=not answered)
         self.sender.start()
         return self
@@ -122,12 +123,17 @@ class Sender(threading.Thread):
         try:
             self.delivery.deliver()
         except (MlflowException, OSError) as error:
-            if not self.told:
-                _tell(self.delivery.run_dir, error)
-            self.told = True
-            return False
+            return self._failed(_away(error))
+        except Damaged as error:
+            return self._failed(str(error))
         self.delay = FIRST_DELAY
         return True
+
+    def _failed(self, why: str) -> bool:
+        if not self.told:
+            _tell(self.delivery.run_dir, why)
+        self.told = True
+        return False
 
     def close(self) -> None:
         """Send what waits for as long as the store takes some of it. Says on stderr what could not be sent."""
@@ -149,5 +155,9 @@ class Sender(threading.Thread):
         return self.delivery.progress.metrics, self.delivery.progress.outbox
 
 
-def _tell(run_dir: Path, error: Exception) -> None:
-    print(f"MLflow does not answer ({one_line(error)[:200]}); {run_dir} keeps every number", file=sys.stderr)
+def _away(error: Exception) -> str:
+    return f"MLflow does not answer ({one_line(error)[:200]})"
+
+
+def _tell(run_dir: Path, why: str) -> None:
+    print(f"{why}; {run_dir} keeps every number", file=sys.stderr)
