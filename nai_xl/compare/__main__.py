@@ -1,7 +1,8 @@
 """python -m nai_xl.compare experiment=NAME | sweep=NAME | runs='MLflow filter' | DIRECTORY ...: which arm is better?
 
 Pairs the arms over seeds and evaluation items, prints a table and writes <output_dir>/compare-<name>/ with report.html,
-results.csv, results.json and the figures. Further: output_dir=, baseline=key=value,..., metrics=a,b, uri= (with runs=).
+results.csv, results.json and the figures. Further: output_dir=, baseline=key=value,..., metrics=a,b, equivalence=2%
+(the largest difference that nobody minds), detect=1% (how many seeds that takes), uri= (with runs=).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from nai_xl.compare.report.delivery import log
 from nai_xl.compare.report.files import write
 from nai_xl.compare.report.screen import show
 from nai_xl.compare.selection import select
-from nai_xl.compare.verdicts import declared
+from nai_xl.compare.verdicts import declared, declared_margins
 
 
 def main() -> None:
     with config.mistakes_told():
         selection = select(arguments(sys.argv[1:], description=str(__doc__)))
-        found = compare(selection.runs, selection.question, declared(selection.configs.values()))
+        configs = selection.configs.values()
+        found = compare(selection.runs, selection.question, declared(configs), declared_margins(configs))
         folder = selection.output_dir / f"compare-{selection.question.name}"
         files = write(found, folder, draw(found, selection.configs))
         show(found, files)

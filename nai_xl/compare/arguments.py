@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nai_xl.errors import UserError
+from nai_xl.compare.verdicts import parse_margin
+from nai_xl.errors import UserError, keyed
 
 SOURCES = ("experiment", "sweep", "runs")
-SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "uri")
+SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "equivalence", "detect", "uri")
+SIZES = ("equivalence", "detect")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ def arguments(argv: Sequence[str], description: str) -> Request:
         if equals and not Path(word).exists():
             if key not in SETTINGS:
                 raise UserError(f"no setting '{key}' of nai_xl.compare; there is {', '.join(SETTINGS)}")
+            if key in SIZES:
+                with keyed(key):
+                    parse_margin(value)
             settings[key] = value
         else:
             directories.append(Path(word))

@@ -24,6 +24,7 @@ class Question:
     baseline: str = ""  # 'schedule=ztsnr,loss=minsnr'; empty: the first arm
     metrics: Sequence[str] = ()  # empty: all that evaluators measured
     equivalence: str = ""  # "2%", or in the metrics' units; empty: what the metrics declare
+    detect: str = ""  # a difference such as "1%", of which the report says how many seeds it takes
 
 
 @dataclass(frozen=True)

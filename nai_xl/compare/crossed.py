@@ -54,7 +54,7 @@ def critical_t(df: float, level: float = LEVEL) -> float:
 
 
 @functools.cache
-def _chi_square_over_df(df: int, nodes: int, span: float) -> tuple[Array, Array]:
+def chi_square_over_df(df: int, nodes: int, span: float) -> tuple[Array, Array]:
     """[nodes] values of chi-square / df and their weights: the trapezoidal rule in the logit of the probability."""
     logit = np.linspace(-span, span, nodes)
     below, above = special.expit(logit), special.expit(-logit)
@@ -101,9 +101,9 @@ class Crossed:
     @functools.cached_property
     def _deviations(self) -> tuple[Array, Array]:
         """Standard deviations that the mean may have, and their probabilities."""
-        u1, w1 = _chi_square_over_df(self.seeds - 1, SEED_NODES, SEED_SPAN)
-        u2, w2 = _chi_square_over_df(self.items - 1, ITEM_NODES, ITEM_SPAN)
-        u3, w3 = _chi_square_over_df((self.seeds - 1) * (self.items - 1), ITEM_NODES, ITEM_SPAN)
+        u1, w1 = chi_square_over_df(self.seeds - 1, SEED_NODES, SEED_SPAN)
+        u2, w2 = chi_square_over_df(self.items - 1, ITEM_NODES, ITEM_SPAN)
+        u3, w3 = chi_square_over_df((self.seeds - 1) * (self.items - 1), ITEM_NODES, ITEM_SPAN)
         of_items = np.maximum(self.of_items / u2[:, None] - self.of_both / u3, 0.0)
         with np.errstate(over="ignore"):
             variance = self.of_seeds / u1[:, None, None] + of_items

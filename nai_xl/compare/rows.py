@@ -66,15 +66,18 @@ class Row:
     @property
     def tested_margin(self) -> float | None:
         """The margin on the scale of effect.estimate; None if there is none, or the baseline is 0."""
-        if self.margin is None or self.effect is None:
-            return None
-        value, share = parse_margin(self.margin)
-        mean = abs(self.baseline_mean or 0.0)
-        if share and not mean:
-            return None
-        if self.effect.ratio:
-            return math.log1p(value if share else value / mean)
-        return value * mean if share else value
+        return on_tested_scale(self, self.margin) if self.margin is not None else None
+
+
+def on_tested_scale(row: Row, size: str) -> float | None:
+    """A difference such as "2%" or "0.1" on the scale of the row's effect.estimate; None if the baseline is 0."""
+    value, share = parse_margin(size)
+    mean = abs(row.baseline_mean or 0.0)
+    if row.effect is None or (share and not mean):
+        return None
+    if row.effect.ratio:
+        return math.log1p(value if share else value / mean)
+    return value * mean if share else value
 
 
 def measure(metric: str, arm: ArmRuns, baseline: ArmRuns, directions: Directions | None = None) -> Row:

@@ -45,6 +45,8 @@ def select(request: Request) -> Selection:
         found.question,
         baseline=request.settings.get("baseline", found.question.baseline),
         metrics=tuple(filter(None, request.settings.get("metrics", "").split(","))) or found.question.metrics,
+        equivalence=request.settings.get("equivalence", found.question.equivalence),
+        detect=request.settings.get("detect", ""),
     )
     return replace(found, question=question)
 
@@ -135,4 +137,5 @@ def _question(cfg: DictConfig, name: str) -> Question:
         question=str(node.get("question") or ""),
         baseline=str(node.get("baseline") or ""),
         metrics=tuple(map(str, node.get("metrics") or ())),
+        equivalence=str(node.get("equivalence") or ""),
     )

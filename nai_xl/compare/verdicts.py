@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from nai_xl import config
 from nai_xl.compare.crossed import LEVEL
 from nai_xl.engine.meter import Meter
-from nai_xl.errors import UserError
+from nai_xl.errors import UserError, keyed
 from nai_xl.interfaces import Direction
 
 Directions = Mapping[str, Direction]  # the beginning of a metric's name -> which values are better
@@ -70,7 +70,7 @@ def _longest(metric: str, declared: Mapping[str, Any]) -> Any:
 
 def parse_margin(text: str) -> tuple[float, bool]:
     """The size of a margin, and whether it is a share of the baseline, such as "2%", or in the metric's units, such as
-    "0.1". Raises UserError for anything else.
+    "0.1". Raises ValueError for anything else.
     """
     share = text.strip().endswith("%")
     try:
@@ -78,7 +78,7 @@ def parse_margin(text: str) -> tuple[float, bool]:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise UserError(f"equivalence={text} is no margin; set equivalence=2%, or 0.1 in the metric's units")
+        raise ValueError(f"{text} is no difference; write 2%, or 0.1 in the metric's units")
     return value, share
 
 
@@ -92,7 +92,7 @@ def declared(configs: Iterable[DictConfig]) -> Directions:
 
 
 def declared_margins(configs: Iterable[DictConfig]) -> Margins:
-    """The margins that the same evaluators declare. Raises UserError for what is no margin."""
+    """The margins that the same evaluators declare. Raises UserError for what is no difference."""
     return _declared(configs, "equal_within")
 
 
@@ -122,5 +122,6 @@ def _of_target(target: str, plugins: tuple[str, ...], member: str) -> Mapping[st
         if member == "better" and value not in get_args(Direction):
             raise UserError(f"{target}.better[{metric!r}] is {value!r}; it must be 'lower' or 'higher'")
         if member == "equal_within":
-            parse_margin(value)
+            with keyed(f"{target}.equal_within[{metric!r}]"):
+                parse_margin(value)
     return found

@@ -57,17 +57,17 @@ def p_value(p: float | None) -> str:
 
 
 def percent(row: Row) -> str:
-    return "" if row.percent is None else _percent(row.percent)
+    return "" if row.percent is None else percent_of(row.percent)
 
 
-def _percent(value: float) -> str:
+def percent_of(value: float, *, sign: bool = True) -> str:
     """Two digits, without exponents: +0.064 %, -12 %, +120 %; '<0.001 %' has no sign."""
     if value == 0:
         return "0 %"
     if abs(value) < 0.001:
         return "<0.001 %"
     digits = max(0, 1 - math.floor(math.log10(abs(value))))
-    return f"{value:+.{digits}f} %".replace("-", MINUS)
+    return f"{value:{'+' if sign else ''}.{digits}f} %".replace("-", MINUS)
 
 
 def about(found: Comparison) -> str:
@@ -147,7 +147,7 @@ def _limit(row: Row) -> str:
     if low is None or high is None:
         possible = interval(row)
     else:
-        possible = f"{_percent(low).removesuffix(' %')} to {_percent(high)}"
+        possible = f"{percent_of(low).removesuffix(' %')} to {percent_of(high)}"
     return f" ({possible}; {_needed(row)})"
 
 

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from omegaconf import DictConfig
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from nai_xl import config
+from nai_xl.compare.verdicts import parse_margin
 from nai_xl.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def _margin(text: str) -> str:
+    parse_margin(text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,11 @@ class SweepSettings:
     """What a sweep asks and how it runs; nothing here changes what an arm learns.
 
     name: null is the experiment's name, or else the swept keys. baseline: the arm that others are compared with, such
-    as "schedule=ztsnr,loss=uniform". metrics: what they are compared by. arms: for a sweep that is no full grid, the
-    keys and values of each arm; what else is swept multiplies them. varied: the swept keys, filled in by Hydra.
-    parallel: how many arms this machine trains at a time. processes: of each arm, one on each GPU; null is the arm's
-    share of the GPUs, or 1 where distributed=none.
+    as "schedule=ztsnr,loss=uniform". metrics: what they are compared by. equivalence: the largest difference that
+    nobody minds, "2%" of the baseline or "0.1" in the metrics' units; null is what each metric declares. arms: for a
+    sweep that is no full grid, the keys and values of each arm; what else is swept multiplies them. varied: the swept
+    keys, filled in by Hydra. parallel: how many arms this machine trains at a time. processes: of each arm, one on
+    each GPU; null is the arm's share of the GPUs, or 1 where distributed=none.
     """
 
     changes_weights: ClassVar[bool] = False
@@ -32,6 +39,7 @@ class SweepSettings:
     question: str | None = None
     baseline: str | None = None
     metrics: Sequence[str] = ()
+    equivalence: Annotated[str, AfterValidator(_margin)] | None = None
     arms: Sequence[Mapping[str, Any]] = ()
     varied: Sequence[str] = ()
     parallel: Count = 1

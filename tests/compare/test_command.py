@@ -120,6 +120,20 @@ def test_runs_outside_of_a_sweep_are_named_by_what_differs(told: Command, tmp_pa
     assert (tmp_path / "compare-runs" / "report.html").is_file()
 
 
+def test_margin_and_wanted_difference_are_settings_of_the_command(told: Command, outputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(outputs, tmp_path / "here")
+    asked = ["sweep=losses", f"output_dir={tmp_path / 'here'}", "metrics=val/loss"]
+    out = told(*asked, "equivalence=30%", "detect=2%")
+    assert re.search(r"minsnr +equal within 30 %", out)
+    assert re.search(r"val/loss, minsnr: 2 % takes about \d+ seeds, here are 4, [\d,]+ minutes more", out)
+    data = json.loads((tmp_path / "here" / "compare-losses" / "results.json").read_text())
+    (one,) = (row for row in data["power"] if row["arm"] == "loss=minsnr")
+    assert one["wanted"] > 4 and one["seeds"] == 4 and one["shown"]["3"] > one["shown"]["20"]
+    runs = one["wanted"] - 4
+    assert one["minutes"] == pytest.approx(runs * (61.5 + 61.5) / 60)  # a run of seed s takes 60 + s seconds
+    assert "here are" not in told(*asked, "detect=90%")
+
+
 def test_an_experiment_names_its_sweep(told: Command, outputs: Path) -> None:
     assert "no run of sweep terminal_step in outputs; there is losses" in told("experiment=terminal_step", status=1)
 
@@ -150,6 +164,8 @@ def test_lists_name_arms_and_a_sweep_keeps_its_question(told: Command, tmp_path:
         (["outputs/uniform-0", "outputs/uniform-1"], "has one arm only (loss=uniform)"),
         (["sweep=losses", "baseline=loss=none"], "baseline=loss=none is no arm of this sweep; there is loss=debiased"),
         (["sweep=losses", "metrics=val/los"], "nothing to compare: there is train/loss"),
+        (["sweep=losses", "equivalence=little"], "equivalence: little is no difference; write 2%, or 0.1"),
+        (["sweep=losses", "detect=0%"], "detect: 0% is no difference"),
     ],
 )
 def test_mistakes_are_told(told: Command, arguments: list[str], message: str) -> None:

@@ -15,6 +15,7 @@ from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.costs import Cost, Target
 from nai_xl.compare.figures.canvas import Drawn
 from nai_xl.compare.figures.draw import Figures
+from nai_xl.compare.power import SEEDS, Power, needed, power
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.naming import word
 from nai_xl.compare.wording import (
@@ -27,6 +28,7 @@ from nai_xl.compare.wording import (
     number,
     p_value,
     percent,
+    percent_of,
     remarks,
     said,
 )
@@ -42,6 +44,7 @@ TARGET_COLUMNS = (
     "share of the baseline's",
     "95 % interval",
 )
+POWER_COLUMNS = ("metric", "arm", "seeds here", *(f"{n} seeds" for n in SEEDS))
 COST_COLUMNS = ("arm", "runs", "minutes a run", "images a run", "images/s", "peak memory, GiB")
 
 
@@ -64,6 +67,9 @@ def page(found: Comparison, figures: Figures) -> str:
         target_columns=TARGET_COLUMNS,
         target_metric=found.targets[0].metric if found.targets else "",
         targets=[_target(target, found.names[target.arm]) for target in found.targets],
+        power_columns=POWER_COLUMNS,
+        powers=[_power(one, found.names[one.arm]) for one in power(found)],
+        needed=needed(found),
         cost_columns=COST_COLUMNS,
         costs=[_cost(cost, found.names[cost.arm]) for cost in found.costs],
         differences=[(key, [_shown(value) for value in values]) for key, values in found.differences.items()],
@@ -113,6 +119,13 @@ def _target(target: Target, name: str) -> list[str]:
         number(times[0]) if times else DASH,
         f"{number(times[1])} to {number(times[2])}" if times and times[1] is not None else DASH,
     ]
+
+
+def _power(one: Power, name: str) -> list[str]:
+    def size(seeds: int) -> str:
+        return percent_of(100 * one.shown[seeds], sign=False) if one.relative else number(one.shown[seeds], digits=2)
+
+    return [one.metric, name, f"{one.seeds}: {size(one.seeds)}", *(size(n) for n in SEEDS)]
 
 
 def _cost(cost: Cost, name: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.power import power
 from nai_xl.compare.rows import Row
 from nai_xl.compare.wording import answer
 
@@ -67,6 +68,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
                 for arm in found.arms
             ],
             "results": [{**tidy(found, row), "seeds": list(row.seeds), "notes": list(row.notes)} for row in found.rows],
+            "power": [asdict(one) for one in power(found, found.asked.detect)],
             "images_to_target": [asdict(target) for target in found.targets],
             "cost": [asdict(cost) for cost in found.costs],
             "differences": found.differences,
