@@ -123,9 +123,9 @@ def test_runs_outside_of_a_sweep_are_named_by_what_differs(told: Command, tmp_pa
 def test_margin_and_wanted_difference_are_settings_of_the_command(told: Command, outputs: Path, tmp_path: Path) -> None:
     shutil.copytree(outputs, tmp_path / "here")
     asked = ["sweep=losses", f"output_dir={tmp_path / 'here'}", "metrics=val/loss"]
-    out = told(*asked, "equivalence=30%", "detect=2%")
+    out = told(*asked, "equivalence=30%", "detect=2.3%")
     assert re.search(r"minsnr +equal within 30 %", out)
-    assert re.search(r"val/loss, minsnr: 2 % takes about \d+ seeds, here are 4, [\d,]+ minutes more", out)
+    assert re.search(r"val/loss, minsnr: 2.3 % takes about \d+ seeds, here are 4, [\d,]+ minutes more", out)
     data = json.loads((tmp_path / "here" / "compare-losses" / "results.json").read_text())
     (one,) = (row for row in data["power"] if row["arm"] == "loss=minsnr")
     assert one["wanted"] > 4 and one["seeds"] == 4 and one["shown"]["3"] > one["shown"]["20"]
