@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.costs import Cost
 from nai_xl.compare.rows import Row, on_tested_scale
+from nai_xl.compare.wording import in_words, number, percent_of
 
 SEEDS = (3, 5, 10, 20)  # of the table
 
@@ -27,6 +28,11 @@ class Power:
     relative: bool  # the differences are shares of the baseline, not in the metric's units
     wanted: int | None  # seeds that the wanted difference takes; None where none was asked for, or no number does
     minutes: float | None  # that the seeds beyond these would take, arm and baseline one after the other
+
+    def size(self, seeds: int) -> str:
+        """The difference that so many seeds show: '0.8 %', or in the metric's units."""
+        found = self.shown[seeds]
+        return percent_of(100 * found, sign=False) if self.relative else number(found, digits=2)
 
 
 def power(found: Comparison, wanted: str = "") -> list[Power]:
@@ -66,7 +72,7 @@ def needed(found: Comparison) -> list[str]:
     wanted = found.asked.detect
     lines = []
     for one in power(found, wanted) if wanted else ():
-        of = f"{one.metric}, {found.names[one.arm]}: {wanted.replace('%', ' %')}"
+        of = f"{one.metric}, {found.names[one.arm]}: {in_words(wanted)}"
         if one.wanted is None:
             lines.append(f"{of} is not shown by any number of seeds; more items might")
         elif one.wanted <= one.seeds:

@@ -80,14 +80,15 @@ def about(found: Comparison) -> str:
 def said(row: Row) -> str:
     """The verdict with its number: 'equal within 2 %', 'undecided, about 9 seeds'."""
     if row.verdict == EQUAL:
-        return f"equal within {margin(row)}"
+        return f"equal within {in_words(row.margin or DASH)}"
     if row.verdict == UNDECIDED and row.seeds_needed:
         return f"undecided, about {row.seeds_needed} seeds"
     return row.verdict
 
 
-def margin(row: Row) -> str:
-    return (row.margin or DASH).replace("%", " %")
+def in_words(size: str) -> str:
+    """'2%' as a person reads it."""
+    return size.replace("%", " %")
 
 
 def answer(found: Comparison, metric: str) -> str:
@@ -120,7 +121,9 @@ def answer(found: Comparison, metric: str) -> str:
             arms = _listed([f"{names[row.arm]}{_limit(row)}" for row in some])
             verb = "is" if len(some) == 1 else "are"
             sentences.append(
-                sentence.format(arms=arms, is_are=verb, baseline=names[found.baseline], margin=margin(some[0]))
+                sentence.format(
+                    arms=arms, is_are=verb, baseline=names[found.baseline], margin=in_words(some[0].margin or DASH)
+                )
             )
     return " ".join(f"{sentence}." for sentence in sentences)
 

@@ -19,9 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from nai_xl import config
+from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.verdicts import parse_margin
 from nai_xl.engine.gpus import GPUS, Gpu
-from nai_xl.errors import UserError
+from nai_xl.errors import UserError, keyed
 from nai_xl.model.quiet import quiet_libraries
+from nai_xl.plan.pilot import hours_of_a_run, pilot_of, pilot_table
 from nai_xl.plan.remedy import remedy
 from nai_xl.plan.run_plan import SPARE, Machines, RunPlan, make
 from nai_xl.plan.tables import as_json, bucket_table, card_table, compared, described, memory_table, sentences
@@ -37,10 +40,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--utilisation", type=float, default=UTILISATION, metavar="SHARE", help="of the peak, default %(default)s"
     )
     parser.add_argument("--dollars-per-hour", type=float, metavar="PRICE", help="of one card")
+    parser.add_argument("--pilot", metavar="SWEEP", help="an earlier sweep: what more seeds would show, by its spread")
+    parser.add_argument(
+        "--detect", default="", metavar="SIZE", help="with --pilot: the difference to find, such as 1%%"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a further folder of config groups")
     parser.add_argument("overrides", nargs="*", help="as for nai_xl.train; a=x,y gives a row for each")
     given = parser.parse_intermixed_args(argv)
+    if given.detect and not given.pilot:
+        parser.error("--detect needs the spread of an earlier sweep: add --pilot SWEEP")
     if min(given.gpus, given.nodes) < 1 or not 0 < given.utilisation <= 1:
         parser.error("--gpus and --nodes begin at 1, --utilisation is a share above 0")
     return given
@@ -62,11 +71,17 @@ def main() -> None:
     gpus = [given.gpu] if given.gpu else list(GPUS.values())
     quiet_libraries()
     with config.mistakes_told():
+        if given.detect:
+            with keyed("--detect"):
+                parse_margin(given.detect)
         if given.json:
             with _told_unwritable(given.json):
                 given.json.open("a").close()  # before half a minute of work
         rows: list[tuple[Mapping[str, str], RunPlan | str]] = []
+        pilot: Comparison | None = None
         for swept, choices, cfg in config.combinations(given.overrides, given.config_dir):
+            if given.pilot and pilot is None:  # before half a minute of work
+                pilot = pilot_of(given.pilot, Path(cfg.output_dir), given.detect)
             rows.append((swept, _made_or_refused(cfg, choices, machines, alone=not swept)))
             if swept:  # a plan of SDXL takes half a minute: something to look at meanwhile
                 print(described(*rows[-1]), file=sys.stderr, flush=True)
@@ -80,6 +95,9 @@ def main() -> None:
             for point, plan in rows:
                 if isinstance(plan, str):
                     _say(f"- {described(point, plan)}")
+        if pilot is not None:
+            _say("")
+            _print(pilot_table(pilot, hours_of_a_run(plans[0], gpus, machines) if len(rows) == 1 else None))
         if given.json:
             written = [{"swept": dict(point), **as_json(plan, gpus, machines)} for point, plan in rows]
             with _told_unwritable(given.json):

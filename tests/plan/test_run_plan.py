@@ -1,6 +1,7 @@
 """The command line of the plan, its arithmetic against closed forms, and that every preset trains."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from nai_xl.plan.run_plan import Machines, RunPlan, make
 from nai_xl.plan.tables import compared
 from nai_xl.plan.throughput import all_reduce_seconds, expected
 from nai_xl.train import train
+from tests.synthetic import write_run
 
 PRESETS = sorted(path.stem for path in (config.conf_dir() / "hardware").glob("gpu_*.yaml"))
 
@@ -199,3 +201,35 @@ def test_a_list_that_is_compared_is_told_as_it_was_given() -> None:
     with console.capture() as told:
         console.print(made)
     assert "[sdpa] " in told.get() and "[sdpa,tf32]" in told.get()
+
+
+# --- a question's cost ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pilot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep of three seeds whose arm differs by about 10 %."""
+    monkeypatch.chdir(tmp_path)
+    for loss, shift in (("uniform", 0.0), ("minsnr", 0.03)):
+        for seed in range(3):
+            write_run(tmp_path / "outputs", {"loss": loss}, seed, effect={"val/loss": shift}, sweep="first")
+    return tmp_path
+
+
+def test_a_pilot_tells_the_seeds_and_hours_of_a_difference(told: Callable[..., str], pilot: Path) -> None:
+    asked = ["run.batch_size=4", "precision=bf16", "--pilot", "first"]
+    (row,) = (line.split() for line in told(*asked).splitlines() if line.startswith(" val/loss"))
+    shares = [float(word) for word in row if re.fullmatch(r"[\d.]+", word)]
+    assert len(shares) == 4 and shares == sorted(shares, reverse=True) and row.count("%") == 4
+    out = told(*asked, "--gpu", "4090", "--detect", "20%")
+    (row,) = (line.split() for line in out.splitlines() if line.startswith(" val/loss"))
+    seeds, hours = int(row[-3]), float(row[-1])
+    assert "20 % takes" in out and row[-2] == "seeds" and 2 <= seeds <= 3
+    (card,) = (line.split() for line in out.splitlines() if line.strip().startswith("RTX 4090"))
+    assert hours == pytest.approx(2 * seeds * float(card[-2]), abs=0.02 * seeds)  # arm and baseline
+
+
+def test_a_pilot_that_is_not_there_or_a_size_that_is_none_is_told(told: Callable[..., str], pilot: Path) -> None:
+    assert "no run of sweep frist in outputs; there is first" in told("--pilot", "frist", status=1)
+    assert "--detect: little is no difference" in told("--pilot", "first", "--detect", "little", status=1)
+    assert "--detect needs the spread of an earlier sweep" in told("--detect", "1%", status=2)

@@ -28,7 +28,6 @@ from nai_xl.compare.wording import (
     number,
     p_value,
     percent,
-    percent_of,
     remarks,
     said,
 )
@@ -122,10 +121,7 @@ def _target(target: Target, name: str) -> list[str]:
 
 
 def _power(one: Power, name: str) -> list[str]:
-    def size(seeds: int) -> str:
-        return percent_of(100 * one.shown[seeds], sign=False) if one.relative else number(one.shown[seeds], digits=2)
-
-    return [one.metric, name, f"{one.seeds}: {size(one.seeds)}", *(size(n) for n in SEEDS)]
+    return [one.metric, name, f"{one.seeds}: {one.size(one.seeds)}", *(one.size(n) for n in SEEDS)]
 
 
 def _cost(cost: Cost, name: str) -> list[str]:
