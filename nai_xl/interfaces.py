@@ -255,6 +255,9 @@ class Evaluator(Protocol):
     their evaluators alone are one run.
 
     looks_at: the task whose model the evaluator looks at, by the name of that option.
+
+    A class may also declare within_schedule, the names of settings that count a sampler's steps or timesteps: a run
+    with more of them than its schedule has is refused.
     """
 
     better: ClassVar[Mapping[str, Direction]]
@@ -279,14 +282,21 @@ class Evaluator(Protocol):
     def run(self, step: int, studio: Any) -> dict[str, float]:
         """Metric -> value after `step` optimizer steps, to be logged; {} where there is nothing but a picture.
 
-        `studio` is an evals.painter.Studio. Evaluate the averaged weights with `studio.ema.swapped_in()`. The values of
-        single items, by which comparisons pair, are written with record.items.report. Take random numbers from
-        rng.generator and never from torch's global one: an evaluation must not change the training.
+        `studio` is what the task's `studio` makes: of task=text_to_image an evals.painter.Studio. Evaluate the averaged
+        weights with `studio.ema.swapped_in()`. The values of single items, by which comparisons pair, are written with
+        record.items.report. Take random numbers from rng.generator and never from torch's global one: an evaluation
+        must not change the training.
         """
         ...
 
 
 class Checkpointer(Protocol):
+    """Keeps the state of the parts that `bind` names. An option of checkpoint=.
+
+    Every process calls `save` and `load_latest`. A part's `state_dict` is collective: call it on all processes, and
+    write what it gives on the first.
+    """
+
     def bind(self, **stateful: Stateful) -> None: ...
     def latest_step(self) -> int: ...
     def save(self, step: int) -> Path: ...

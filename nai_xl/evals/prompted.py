@@ -32,6 +32,7 @@ class PromptedEvaluator:
     better: ClassVar[Mapping[str, Direction]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
+    within_schedule: ClassVar[tuple[str, ...]] = ("steps",)
 
     every: Annotated[int, Field(ge=1)]
     seeds: Annotated[int, Field(ge=1)] = 1
