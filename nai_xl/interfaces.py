@@ -18,22 +18,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def declare(
-    *, changes_weights: bool = True, without_effect: Sequence[str] = (), open_ended: bool = False, **members: Any
-) -> Callable[[F], F]:
-    """Give an option that is a plain function the attributes that a class of options has in its body.
+def declare(**members: Any) -> Callable[[F], F]:
+    """Give an option that is a plain function these attributes, as a class of options has them in its body.
 
     changes_weights = False: nothing about the option changes the trained weights by more than roundings, so that no
     run's signature holds it. without_effect: the parameters of which that is true. open_ended, of a learning rate: its
     curve does not depend on the length of the run, so that a longer run continues a shorter one. Without declarations
     an option and all of its parameters count, and the length of the run too.
 
-    members: what the options of one group offer beside their call, such as a model's `check` and `skeleton`.
+    Others are what the options of one group offer beside their call, such as a model's `check` and `skeleton`.
     """
 
     def declared(function: F) -> F:
-        own = {"changes_weights": changes_weights, "without_effect": without_effect, "open_ended": open_ended}
-        vars(function).update(own | members)
+        vars(function).update(members)
         return function
 
     return declared
