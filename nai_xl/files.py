@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,3 +25,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
+    """Call `write(temporary path)` beside `path`, then put the folder in its place: an old one stays until then."""
+    aside = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    shutil.rmtree(path, ignore_errors=True)
+    return aside.rename(path)

@@ -18,22 +18,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def declare(
-    *, changes_weights: bool = True, without_effect: Sequence[str] = (), open_ended: bool = False, **members: Any
-) -> Callable[[F], F]:
-    """Give an option that is a plain function the attributes that a class of options has in its body.
+def declare(**members: Any) -> Callable[[F], F]:
+    """Give an option that is a plain function these attributes, as a class of options has them in its body.
 
     changes_weights = False: nothing about the option changes the trained weights by more than roundings, so that no
     run's signature holds it. without_effect: the parameters of which that is true. open_ended, of a learning rate: its
     curve does not depend on the length of the run, so that a longer run continues a shorter one. Without declarations
     an option and all of its parameters count, and the length of the run too.
 
-    members: what the options of one group offer beside their call, such as a model's `check` and `skeleton`.
+    Others are what the options of one group offer beside their call, such as a model's `check` and `skeleton`.
     """
 
     def declared(function: F) -> F:
-        own = {"changes_weights": changes_weights, "without_effect": without_effect, "open_ended": open_ended}
-        vars(function).update(own | members)
+        vars(function).update(members)
         return function
 
     return declared
@@ -259,6 +256,9 @@ class Evaluator(Protocol):
     their evaluators alone are one run.
 
     looks_at: the task whose model the evaluator looks at, by the name of that option.
+
+    A class may also declare within_schedule, the names of settings that count a sampler's steps or timesteps: a run
+    with more of them than its schedule has is refused.
     """
 
     better: ClassVar[Mapping[str, Direction]]
@@ -284,14 +284,21 @@ class Evaluator(Protocol):
     def run(self, step: int, studio: Any) -> dict[str, float]:
         """Metric -> value after `step` optimizer steps, to be logged; {} where there is nothing but a picture.
 
-        `studio` is an evals.painter.Studio. Evaluate the averaged weights with `studio.ema.swapped_in()`. The values of
-        single items, by which comparisons pair, are written with record.items.report. Take random numbers from
-        rng.generator and never from torch's global one: an evaluation must not change the training.
+        `studio` is what the task's `studio` makes: of task=text_to_image an evals.painter.Studio. Evaluate the averaged
+        weights with `studio.ema.swapped_in()`. The values of single items, by which comparisons pair, are written with
+        record.items.report. Take random numbers from rng.generator and never from torch's global one: an evaluation
+        must not change the training.
         """
         ...
 
 
 class Checkpointer(Protocol):
+    """Keeps the state of the parts that `bind` names. An option of checkpoint=.
+
+    Every process calls `save` and `load_latest`. A part's `state_dict` is collective: call it on all processes, and
+    write what it gives on the first.
+    """
+
     def bind(self, **stateful: Stateful) -> None: ...
     def latest_step(self) -> int: ...
     def save(self, step: int) -> Path: ...

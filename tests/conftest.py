@@ -105,3 +105,12 @@ def small(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def joined(samples: list[Batch]) -> Batch:
     """One Batch of all samples, which share a bucket and so every shape."""
     return Batch(**{name: torch.cat([getattr(s, name) for s in samples]) for name in Batch.__dataclass_fields__})
+
+
+class Alone:
+    """What checkpoints ask of the strategy of a single process."""
+
+    first = True
+
+    def wait(self) -> None:
+        pass

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from nai_xl.data.images import to_pixels
 from nai_xl.data.source.sample import SampleSource
 from nai_xl.evals.reconstruction import psnr
-from nai_xl.model.tiny import VAE_CONFIG
+from nai_xl.model.tiny import vae_config
 from nai_xl.model.vae import decode_latents, encode_pixels
 
 NOISE = 0.03  # recipe=tiny_vae's task.latent_noise
@@ -61,7 +61,7 @@ def main(run: Path, folder: Path) -> None:
     weights["quant_conv.weight"][4:] = 0
     weights["quant_conv.bias"][4:] = 2 * math.log(NOISE * std)
     save_file(weights, folder / "tiny_vae.safetensors")
-    config = dict(VAE_CONFIG, scaling_factor=round(1 / std, 4))
+    config = dict(vae_config(), scaling_factor=round(1 / std, 4))
     (folder / "tiny_vae.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.tiny import VAE_CONFIG, tiny_sdxl
+from nai_xl.model.tiny import tiny_sdxl, vae_config
 
 FEW = 8  # channels: the first and last convolutions have pixels or latents on one side
 
@@ -23,7 +23,7 @@ def untrained(*, seed: int) -> Components:
     parts = tiny_sdxl(seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts.vae = AutoencoderKL(**VAE_CONFIG)
+        parts.vae = AutoencoderKL(**vae_config())
         for name, module in parts.vae.named_modules():
             if name.endswith((".conv2", ".to_out.0")):
                 nn.init.zeros_(module.weight)

@@ -40,5 +40,6 @@ class Trainable:
 Adapter = Callable[[nn.Module], Trainable]
 """An option of the group `adapter`: a model's network -> what is trained of it.
 
-It may change the network in place. Names of weights stay what they are, unless it overrides `deliver`.
+It may change the network in place. Names of weights stay what they are, unless its Trainable
+overrides `deliver`.
 """

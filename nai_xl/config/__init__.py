@@ -1,10 +1,10 @@
 """From a composed config to built objects: check, build, identity. No other room but the entry points knows Hydra."""
 
-from nai_xl.config.build import build, locate, member
+from nai_xl.config.build import build, completed, locate, member
 from nai_xl.config.cli import SweepOfArms, entry_point, mistakes_told
 from nai_xl.config.grid import Swept, combinations, compose, opened
 from nai_xl.config.groups import conf_dir, groups
-from nai_xl.config.identity import arm, flat, left_out, open_ended, run_dir, signature
+from nai_xl.config.identity import arm, declared, flat, left_out, open_ended, run_dir, signature
 from nai_xl.config.legacy import stored_config, upgraded, upgraded_choices
 from nai_xl.config.schema import check
 
@@ -15,8 +15,10 @@ __all__ = [
     "build",
     "check",
     "combinations",
+    "completed",
     "compose",
     "conf_dir",
+    "declared",
     "entry_point",
     "flat",
     "groups",

@@ -15,9 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
+from pydantic_core import SchemaError
 
 from nai_xl.config.legacy import moved
-from nai_xl.errors import UserError, one_line, under
+from nai_xl.errors import UserError, keyed
 
 # a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
 TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
@@ -66,19 +67,27 @@ def build(node: Any, plugins: tuple[str, ...] = (), **given: Any) -> Any:
         return node
     if "_target_" not in node:
         return {str(key): build(node[key], plugins) for key in node}
+    if node.get("_partial_", False) and not given:
+        return _settled(node, plugins)
+    return completed(node, plugins, **given)
+
+
+def completed(node: DictConfig, plugins: tuple[str, ...] = (), **given: Any) -> Any:
+    """As `build`, for a node with a target; a `_partial_` one is called even if nothing is `given`."""
+    make = _settled(node, plugins)
+    with keyed(node._get_full_key(None) or make.func.__name__):  # a node that stands alone has no key
+        return make(**given)
+
+
+def _settled(node: DictConfig, plugins: tuple[str, ...]) -> functools.partial[Any]:
+    """A node's target with the node's own arguments."""
     target = locate(str(node._target_), plugins)
     arguments = {
         str(key): build(node[key], plugins) if holds_target(node[key]) else coerced(target, str(key), plain(node[key]))
         for key in node
         if not str(key).startswith("_")
     }
-    if node.get("_partial_", False) and not given:
-        return functools.partial(target, **arguments)
-    try:
-        return target(**arguments, **given)
-    except ValueError as error:
-        at = node._get_full_key(None) or target.__name__  # a node that stands alone has no key
-        raise UserError(under(at, one_line(error))) from error
+    return functools.partial(target, **arguments)
 
 
 def plain(value: Any) -> Any:
@@ -107,8 +116,9 @@ def _adapter(target: Callable[..., Any], name: str) -> TypeAdapter[Any] | None:
         return None
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticSchemaGenerationError, TypeError):
-        # TypeError: pydantic takes no config for a type that has its own, such as a dataclass
+    except (PydanticSchemaGenerationError, SchemaError, TypeError):
+        # SchemaError: isinstance does not know this protocol. TypeError: pydantic takes no config for a type that has
+        # its own, such as a dataclass
         return None
 
 

@@ -54,8 +54,14 @@ def chosen(cfg: DictConfig, hydra: Any) -> dict[str, str]:
     for group in (key for key in dict.fromkeys([*map(str, cfg), *reversed([*choices])]) if key in known):
         option = choices.get(group)
         several = option is None and isinstance(cfg.get(group), DictConfig) and "_target_" not in cfg[group]
-        named[group] = ", ".join(map(str, cfg[group])) if several else option
+        named[group] = ", ".join(str(key) for key in cfg[group] if _is_built(cfg[group], key)) if several else option
     return {group: str(option) for group, option in named.items() if option}
+
+
+def _is_built(node: DictConfig, key: Any) -> bool:
+    """Whether an option stands there, and not only settings for one that is not chosen."""
+    option = node.get(key)
+    return isinstance(option, DictConfig) and "_target_" in option
 
 
 def _folders(sources: Iterable[Any]) -> Iterable[Path]:

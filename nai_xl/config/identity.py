@@ -30,7 +30,7 @@ from nai_xl.record.arm import read_arm
 
 NAMES = ("name", "output_dir", "plugins")  # the settings without a target: where a run lies and where code is found
 LENGTH = ("max_images", "epochs")  # of `run`
-HEADLINE = ("model", "schedule", "parameterization", "loss")  # of a run's default name
+HEADLINE = ("task", "model")  # of a run's default name, where the task declares no headline of its own
 
 
 def signature(cfg: DictConfig) -> str:
@@ -59,13 +59,12 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def open_ended(cfg: DictConfig) -> bool:
     """Whether a longer run continues a shorter one: a rate's curve depends on the length, a constant rate does not."""
     target = _located(str(cfg.lr.get("_target_")), tuple(cfg.get("plugins") or ()))
-    return bool(_declared(target, "open_ended", False))
+    return bool(declared(target, "open_ended", False))
 
 
 def run_dir(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
     """Where this run lies: <output_dir>/<name>-<signature>, or the directory in which version 0.1 began it."""
-    of_images = choices.get("task", "text_to_image") == "text_to_image"
-    groups = HEADLINE if of_images else ("task", "model")  # other tasks have no schedule and no loss of their own
+    groups = declared(_located(str(cfg.task._target_), tuple(cfg.get("plugins") or ())), "headline", HEADLINE)
     name = cfg.name or "-".join(choices.get(group, group) for group in groups)
     home = Path(cfg.output_dir) / f"{name}-{signature(cfg)}"
     return home if home.exists() else _begun_by_0_1(home) or home
@@ -91,7 +90,7 @@ def _values(
 ) -> Iterator[tuple[str, Any]]:
     """The parameters of a node that can change the weights, with their values, less those at their default."""
     parameters = inspect.signature(target).parameters if target else {}
-    without_effect = _declared(target, "without_effect", ())
+    without_effect = declared(target, "without_effect", ())
     for key, value in node.items():
         if key.startswith("_") or key in without_effect:
             continue
@@ -104,7 +103,7 @@ def _is_harmless(node: Any, plugins: tuple[str, ...]) -> bool:
     """Whether a node's target says that it cannot change the weights."""
     if not isinstance(node, dict) or "_target_" not in node:
         return False
-    return not _declared(_located(str(node["_target_"]), plugins), "changes_weights", True)
+    return not declared(_located(str(node["_target_"]), plugins), "changes_weights", True)
 
 
 def public_name(target: str) -> str:
@@ -121,7 +120,7 @@ def _located(name: str, plugins: tuple[str, ...]) -> Callable[..., Any] | None:
         return None
 
 
-def _declared(target: Callable[..., Any] | None, name: str, otherwise: Any) -> Any:
+def declared(target: Callable[..., Any] | None, name: str, otherwise: Any) -> Any:
     """What an option, or a class that it is derived from, says of itself; `otherwise` where it says nothing."""
     return inspect.getattr_static(target, name, otherwise)
 
@@ -197,10 +196,10 @@ def left_out() -> tuple[str, ...]:
     """
     found: dict[str, list[bool]] = {}
     for key, target in _targets():
-        found.setdefault(key.split(".")[0], []).append(not _declared(target, "changes_weights", True))
+        found.setdefault(key.split(".")[0], []).append(not declared(target, "changes_weights", True))
     whole = [key for key, harmless in found.items() if all(harmless)]
-    options = [key for key, target in _targets() if not _declared(target, "changes_weights", True)]
-    parameters = [f"{key}.{name}" for key, target in _targets() for name in _declared(target, "without_effect", ())]
+    options = [key for key, target in _targets() if not declared(target, "changes_weights", True)]
+    parameters = [f"{key}.{name}" for key, target in _targets() for name in declared(target, "without_effect", ())]
     parts = dict.fromkeys(key for key in (*options, *parameters) if key.split(".")[0] not in whole)
     return (*NAMES, *whole, *parts)
 

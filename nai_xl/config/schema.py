@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from nai_xl.config import legacy_commands
 from nai_xl.config.build import coerced, holds_target, locate, plain
-from nai_xl.config.groups import groups, settings
+from nai_xl.config.groups import groups, of_several, settings
 from nai_xl.errors import UserError
 
 
@@ -65,6 +65,8 @@ def _mistakes(node: Any, at: str, plugins: tuple[str, ...]) -> Iterator[str]:
         path = f"{at}.{key!s}" if at else str(key)
         if OmegaConf.is_missing(node, key):
             yield f"{path} is missing; set {path}=..."
+        elif at in of_several() and not isinstance(node[key], DictConfig):
+            yield f"{path}={plain(node[key])}: {at} holds options only; set '{at}=[OPTION,...]'"
         else:
             yield from _mistakes(node[key], path, plugins)
 

@@ -10,20 +10,26 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from nai_xl import config
 from nai_xl.adapter.trainable import Adapter, Trainable
+from nai_xl.config.build import holds_target
+from nai_xl.config.groups import of_several, settings
 from nai_xl.data.index import Index
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
+from nai_xl.errors import UserError, keyed
 from nai_xl.interfaces import Evaluator
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.task.objective import compose_objective, groups
 from nai_xl.task.task import Task, TrainingData
+
+LATE = ("adapter", "optimizer", "lr", "ema", "tracker", "checkpoint")  # completed by what only a run has
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,13 @@ class Spec:
     @classmethod
     def of(cls, cfg: DictConfig) -> Spec:
         parts = Parts(cfg)
-        names = [field.name for field in fields(cls) if field.name not in ("cfg", "model")]
+        names = [field.name for field in fields(cls) if field.name not in ("cfg", "model", *LATE)]
         model = functools.partial(config.build, cfg.model, tuple(cfg.plugins))
-        spec = cls(cfg=cfg, model=model, **{name: parts[name] for name in names})
-        refuse_misfits(spec.memory, spec.optimizer, spec.precision.autocast)
+        late: dict[str, Any] = {name: _late(name, parts[name]) for name in LATE}
+        spec = cls(cfg=cfg, model=model, **{name: parts[name] for name in names}, **late)
+        refuse_misfits(spec.memory, parts["optimizer"], spec.precision.autocast)
+        spec.optimizer(params=[nn.Parameter(torch.zeros(1, 1))])  # refuses its settings before weights are read
+        _refuse_long_grids(spec)
         return spec
 
     @property
@@ -75,8 +84,8 @@ class Spec:
         precision = self.precision.autocast
         strategy: Strategy = self.distributed.start(autocast(self.memory, precision))
         self.run.chunk_size(strategy.world)
-        if self.in_backward:
-            self.in_backward.refuse(grad_accum=self.run.grad_accum, precision=precision, world=strategy.world)
+        for action in self.memory:
+            action.refuse(grad_accum=self.run.grad_accum, precision=precision, world=strategy.world)
         return strategy
 
     def scan(self) -> Index:
@@ -127,14 +136,16 @@ class Parts(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         node: Any = self.cfg.get(key) or {}
         if "_target_" not in node:
+            if key not in of_several() and not holds_target(node):
+                mended = f"set {key}=OPTION" if key in config.groups() else f"leave out '~{key}'"
+                raise UserError(f"{key} is missing; {mended}")
             self[key] = [config.build(one, self.plugins) for one in node.values() if "_target_" in one]
         elif key == "objective":
             choices = {part: self[group] for part, group in groups().items()}
             make = config.build(node, self.plugins)
             self[key] = compose_objective(make, int(self.cfg.native.resolution), **choices)
         elif key == "task":
-            given = self._asked_for(node)
-            self[key] = config.build(node, self.plugins, **given) if given else config.build(node, self.plugins)()
+            self[key] = config.completed(node, self.plugins, **self._asked_for(node))
         else:
             self[key] = config.build(node, self.plugins)
         return self[key]
@@ -142,4 +153,26 @@ class Parts(dict[str, Any]):
     def _asked_for(self, node: DictConfig) -> dict[str, Any]:
         """The target's parameters that the node leaves open and the config has."""
         wanted = inspect.signature(config.locate(str(node._target_), self.plugins)).parameters
-        return {name: self[name] for name in wanted if name not in node and name in (*self.cfg, *config.groups())}
+        known = (*self.cfg, *config.groups(), *settings())
+        return {name: self[name] for name in wanted if name not in node and name in known}
+
+
+def _late(key: str, make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, whose ValueError becomes a UserError that begins with the config key."""
+
+    def called(*args: Any, **given: Any) -> Any:
+        with keyed(key):
+            return make(*args, **given)
+
+    return called
+
+
+def _refuse_long_grids(spec: Spec) -> None:
+    """Raises UserError for an evaluator that asks for more timesteps than the task's schedule has."""
+    names = [name for name, node in (spec.cfg.get("evals") or {}).items() if "_target_" in node]
+    for name, evaluator in zip(names, spec.evals, strict=True):
+        for setting in config.declared(type(evaluator), "within_schedule", ()):
+            count = getattr(evaluator, setting)
+            if 0 < spec.task.timesteps < count:
+                most = f"must be at most {spec.task.timesteps}, the timesteps of the schedule"
+                raise UserError(f"evals.{name}.{setting}={count}: {most}")

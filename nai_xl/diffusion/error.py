@@ -17,7 +17,8 @@ from nai_xl.diffusion.schedule import per_sample
 from nai_xl.interfaces import NoiseLevel
 
 
-def _positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """ValueError for a parameter that is not positive and finite."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}={value}: must be positive and finite")
 
@@ -33,7 +34,7 @@ def mse(prediction: Tensor, target: Tensor, level: NoiseLevel) -> Tensor:
 
 def huber(prediction: Tensor, target: Tensor, level: NoiseLevel, *, delta: float = 0.1) -> Tensor:
     """e^2 up to |e| = delta, 2 delta |e| - delta^2 beyond: twice torch's huber_loss; Huber, 1964."""
-    _positive("delta", delta)
+    require_positive("delta", delta)
     return _per_sample_mean(2 * functional.huber_loss(prediction.float(), target, reduction="none", delta=delta))
 
 
@@ -42,7 +43,7 @@ def smooth_l1(prediction: Tensor, target: Tensor, level: NoiseLevel, *, beta: fl
 
     It is huber / beta: the slope of large errors stays the same when beta changes. 2 |e| for small beta.
     """
-    _positive("beta", beta)
+    require_positive("beta", beta)
     return _per_sample_mean(2 * functional.smooth_l1_loss(prediction.float(), target, reduction="none", beta=beta))
 
 
@@ -55,8 +56,8 @@ def scheduled_huber(
     where the large shapes are made and squares the error where details are; delta above 1 does the reverse.
     `timesteps` is the number of the schedule's timesteps.
     """
-    _positive("delta", delta)
-    _positive("timesteps", timesteps)
+    require_positive("delta", delta)
+    require_positive("timesteps", timesteps)
     threshold = torch.exp(math.log(delta) * level.t.float() / timesteps)
     squared = (prediction.float() - target).square()
     # e^2 / (1 + sqrt(...)) is the same as d^2 (sqrt(...) - 1) and keeps its digits for small errors

@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nai_xl.diffusion.error import require_positive
 from nai_xl.interfaces import NoiseLevel, Parameterization, Weighting
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value}: must be positive and finite")
 
 
 def uniform(level: NoiseLevel, p: Parameterization) -> Tensor:
@@ -33,7 +29,7 @@ def min_snr(level: NoiseLevel, p: Parameterization, *, gamma: float = 5.0) -> Te
 
     Exactly 0 at zero terminal SNR with v: the step that ztsnr adds is then never trained.
     """
-    _positive("gamma", gamma)
+    require_positive("gamma", gamma)
     return level.snr.clamp(max=gamma) * p.x0_error_scale(level)
 
 
@@ -42,7 +38,7 @@ def min_snr_plus_one(level: NoiseLevel, p: Parameterization, *, gamma: float = 5
 
     The form that public trainers use for v on zero-terminal schedules (diffusers, train_text_to_image_sdxl.py).
     """
-    _positive("gamma", gamma)
+    require_positive("gamma", gamma)
     return (level.snr + 1).clamp(max=gamma) * p.x0_error_scale(level)
 
 
@@ -53,7 +49,7 @@ def soft_min_snr(level: NoiseLevel, p: Parameterization, *, gamma: float = 4.0) 
     (s sigma_data)^2 / (s^2 + sigma_data^2)^2 on its network's error "soft-min-snr": gamma = 1 / sigma_data^2, which is
     4 for the sigma_data = 0.5 of pixels and SNR / (SNR + 1)^2 on v for latents of unit variance (gamma = 1).
     """
-    _positive("gamma", gamma)
+    require_positive("gamma", gamma)
     return level.snr * gamma / (level.snr + gamma) * p.x0_error_scale(level)
 
 
@@ -71,8 +67,8 @@ def p2(level: NoiseLevel, p: Parameterization, *, k: float = 1.0, gamma: float =
 
     For v: SNR / ((k + SNR)^gamma (SNR + 1)), so 0 at zero terminal SNR.
     """
-    _positive("k", k)
-    _positive("gamma", gamma)
+    require_positive("k", k)
+    require_positive("gamma", gamma)
     return level.snr / (k + level.snr).pow(gamma) * p.x0_error_scale(level)
 
 
@@ -82,7 +78,7 @@ def edm(level: NoiseLevel, p: Parameterization, *, sigma_data: float = 1.0) -> T
     That is (sigma^2 + sigma_data^2 alpha^2) / (sigma sigma_data)^2, and 1 / sigma_data^2 at zero terminal SNR. For v
     and sigma_data = 1, the deviation of normalised latents, it is the uniform weight.
     """
-    _positive("sigma_data", sigma_data)
+    require_positive("sigma_data", sigma_data)
     on_x0 = (level.sigma.square() + sigma_data**2 * level.alpha.square()) / (level.sigma * sigma_data).square()
     return on_x0 * p.x0_error_scale(level)
 
@@ -122,7 +118,7 @@ class Uncertainty(LearnedWeighting):
         super().__init__()
         if features < 1:
             raise ValueError(f"features={features}: must be at least 1")
-        _positive("lr", lr)
+        require_positive("lr", lr)
         self.base, self.lr = base, lr
         self.coefficients = nn.Parameter(torch.zeros(features))
 

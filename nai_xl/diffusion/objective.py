@@ -62,6 +62,9 @@ class Objective:
             raise Misfit("parameterization", why, value=self.parameterization.prediction_type)
         if self.normalize_weights and self._learned_weighting is not None:
             raise Misfit("normalize_weights", "has no meaning for a weighting that learns its own scale", value="true")
+        learned = self._learned_weighting
+        if learned is not None and not (hasattr(learned, "penalty") and hasattr(learned, "parameter_group")):
+            raise ChoiceError("weighting", "a module needs penalty and parameter_group; derive from LearnedWeighting")
         self._refuse_senseless_loss()
 
     @torch.no_grad()

@@ -64,9 +64,13 @@ def _overview(group: Group) -> str:
     )
     parts = [_table(["option", "", *(f"`{name}`" for name in names)], rows)]
     parts += [f"`{name}`: {MEMBERS[name]}." for name in names]
-    if all(found.get("changes_weights") is False for found in members):
+    if all(option.calls and all(map(_harmless, option.calls)) for option in group.options):
         parts.append("The choice does not change the trained weights, and is no part of what a run is.")
     return "\n\n".join(parts)
+
+
+def _harmless(call: Call) -> bool:
+    return call.members.get("changes_weights") is False
 
 
 def _section(group: str, option: Option) -> str:

@@ -107,11 +107,17 @@ class Weights:
         return dict(self.strategy.full({name: p.detach() for name, p in self.parameters.items()}))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises KeyError when the names differ: a network must not be continued in part."""
-        if state.keys() != self.parameters.keys():
-            raise KeyError("the saved weights belong to another model or adapter")
+        """Raises UserError when names or shapes differ: a network must not be continued in part."""
+        if _shapes(state) != _shapes(self.parameters):
+            raise UserError(
+                "the run's checkpoint holds the weights of another model or adapter; set name=NAME to begin a new run"
+            )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state[name])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class ScalerState:

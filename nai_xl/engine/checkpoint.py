@@ -7,25 +7,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nai_xl.distributed.strategy import Strategy
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Stateful
 
 STATE = "state.json"
-
-
-class Ranks(Protocol):
-    """What saving needs of a distributed strategy (distributed/strategy.py)."""
-
-    @property
-    def first(self) -> bool: ...
-    def wait(self) -> None: ...
 
 
 def split_tensors(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
@@ -57,12 +50,12 @@ class LocalCheckpoints:
     """`dir`/step_00000100/{state.json, <name>.safetensors}; the last `keep` are kept.
 
     A folder bears its final name only when it is whole, so that a kill at any moment leaves the ones before it usable.
-    Every rank of `strategy` saves and loads; None is a single process.
+    Every rank of `strategy` saves and loads.
     """
 
     changes_weights: ClassVar[bool] = False
 
-    def __init__(self, dir: Path, *, keep: int, strategy: Ranks | None = None):
+    def __init__(self, dir: Path, *, keep: int, strategy: Strategy):
         self.dir, self.keep, self.strategy = Path(dir), keep, strategy
         self.stateful: dict[str, Stateful] = {}
 
@@ -83,9 +76,6 @@ class LocalCheckpoints:
         """Collective: write the state after optimizer step `step`. Raises UserError when the disk cannot take it."""
         states = {name: part.state_dict() for name, part in self.stateful.items()}
         final = self.dir / f"step_{step:08d}"
-        if self.strategy is None:
-            self._write(final, step, states)
-            return final
         self.strategy.wait()
         if self.strategy.first:
             self._write(final, step, states)

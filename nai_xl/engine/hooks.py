@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
-from nai_xl.errors import keyed
 from nai_xl.interfaces import Checkpointer, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
 
@@ -54,7 +53,7 @@ class Evaluate(NoHook):
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         due = [evaluator for evaluator in self.evaluators if last or step % evaluator.every == 0]
         if due and self.strategy.evaluates:
-            with self.around(), keyed("evals"):
+            with self.around():
                 for evaluator in due:
                     values |= evaluator.run(step, self.studio)
         if due:

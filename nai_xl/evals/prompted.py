@@ -33,6 +33,7 @@ class PromptedEvaluator:
     equal_within: ClassVar[Mapping[str, str]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
+    within_schedule: ClassVar[tuple[str, ...]] = ("steps",)
 
     every: Annotated[int, Field(ge=1)]
     seeds: Annotated[int, Field(ge=1)] = 1

@@ -69,6 +69,7 @@ class Quality:
     equal_within: ClassVar[Mapping[str, str]] = {"quality/": "2%"}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
+    within_schedule: ClassVar[tuple[str, ...]] = ("steps",)
 
     every: Annotated[int, Field(ge=1)]
     inception: Annotated[Path, AfterValidator(_torchscript)] | None = None

@@ -50,6 +50,7 @@ class ValLoss:
     equal_within: ClassVar[Mapping[str, str]] = {"val/": "2%"}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
+    within_schedule: ClassVar[tuple[str, ...]] = ("timesteps",)
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 16
@@ -69,8 +70,6 @@ class ValLoss:
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
         """Measure, write the values of each image, and return their means."""
-        if self.timesteps > len(studio.schedule):
-            raise UserError(f"evals.val_loss.timesteps={self.timesteps}: the schedule has only {len(studio.schedule)}")
         with studio.ema.swapped_in():
             rows = [row for some in self._batches(studio.encoded) for row in self._measure(some, studio)]
         edges = bands(len(studio.schedule))

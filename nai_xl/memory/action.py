@@ -32,11 +32,13 @@ class MemoryAction:
     updates_in_backward: ClassVar[bool] = False
     """Whether the optimizer updates each block within the backward pass, and no gradient outlives it."""
 
-    unets_only: ClassVar[bool] = False
-    """Whether the action knows a UNet's call or its attention, and so no other network's."""
-
     weights_in: ClassVar[torch.dtype | None] = None
     """The type that the action gives the weights; None leaves them as they are."""
+
+    @property
+    def unets_only(self) -> bool:
+        """Whether the action suits a UNet's call, layers or attention, and so no other network's."""
+        return False
 
     @property
     def attention(self) -> str | None:
@@ -49,7 +51,10 @@ class MemoryAction:
         return None
 
     def apply(self, model: Any) -> None:
-        """Change the network, a diffusers model, in place, before the strategy wraps it. No parameter is renamed."""
+        """Change the network, a diffusers model, in place, before the strategy wraps it.
+
+        No parameter is renamed or replaced.
+        """
         raise NotImplementedError
 
     def refuse_beside(self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: str) -> None:

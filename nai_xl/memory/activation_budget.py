@@ -38,4 +38,7 @@ class ActivationBudget(MemoryAction):
 
     def refuse_beside(self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: str) -> None:
         if not any(action.compiles for action in actions):
-            raise UserError("memory=activation_budget acts on compiled blocks only; set 'memory=[...,compile]'")
+            raise UserError(
+                "memory=activation_budget acts on compiled blocks only; set 'memory=[...,compile]', or "
+                "'~memory.activation_budget'"
+            )

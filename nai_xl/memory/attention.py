@@ -43,6 +43,10 @@ class Sdpa(MemoryAction):
             raise UserError(f"memory=[{self.kernel}]: {reason}; use memory=[sdpa], where torch picks what can run")
 
     @property
+    def unets_only(self) -> bool:
+        return self.kernel in HALF_PRECISION  # an autoencoder's single head is too wide for them
+
+    @property
     def attention(self) -> str:
         return "sdpa" if self.kernel == "auto" else self.kernel
 

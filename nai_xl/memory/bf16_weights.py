@@ -27,7 +27,7 @@ class Bf16Weights(MemoryAction):
 
     unets_only = True
 
-    # 8 bits round every operation by up to 2^-9; over the UNet's depth the loss of a step moves by less than
+    # Operations round by up to 2^-9; over the UNet's depth a step's loss moves by less than this.
     tolerance = 2e-2
     weights_in = torch.bfloat16
 

@@ -49,7 +49,9 @@ def _is_plain(block: ResnetBlock2D) -> bool:
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor, silu: bool = False) -> Tensor:
-        """[B,C,h,w] -> [B,C,h,w] in the same memory order, through SiLU if asked."""
+        """[B,C,h,w] -> [B,C,h,w] in the same memory order, through SiLU if asked; tokens [B,C,n] as torch does."""
+        if input.ndim != 4:
+            return super().forward(input)
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, silu=silu)
 
 

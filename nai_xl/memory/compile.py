@@ -24,7 +24,7 @@ BACKEND: Any = "inductor"
 # Graphs of one function before torch gives up and runs it uncompiled, by default 8. SDXL has 15 kinds of blocks, each
 # in a version for the first shape and one for all others, or one for every bucket.
 GRAPHS = 4096
-WITHOUT = "or leave compile out of 'memory=[...]'"
+WITHOUT = "or set '~memory.compile'"
 
 
 @dataclass(frozen=True)

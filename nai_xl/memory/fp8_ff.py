@@ -29,15 +29,16 @@ class Fp8FeedForward(MemoryAction):
 
     emulate: bool = False
 
+    unets_only = True  # an autoencoder has no feed-forward layers
     tolerance = 2e-2  # 3 bits of mantissa round each factor by up to 2^-4; sums average that out
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("torchao") is None:
-            raise UserError("memory.fp8_ff needs torchao; pip install torchao, or leave fp8_ff out of 'memory=[...]'")
+            raise UserError("memory.fp8_ff needs torchao; pip install torchao, or set '~memory.fp8_ff'")
         if not self.emulate and not (torch.cuda.is_available() and _capability() >= FP8_CAPABILITY):
             raise UserError(
-                "memory.fp8_ff needs a GPU of compute capability 8.9 or newer (RTX 4090, L40, H100); leave fp8_ff out "
-                "of 'memory=[...]', or set memory.fp8_ff.emulate=true to try its rounding without its speed"
+                "memory.fp8_ff needs a GPU of compute capability 8.9 or newer (RTX 4090, L40, H100); set "
+                "'~memory.fp8_ff', or memory.fp8_ff.emulate=true to try its rounding without its speed"
             )
 
     def apply(self, model: Any) -> None:

@@ -33,6 +33,10 @@ class GradientCheckpointing(MemoryAction):
     tolerance = 1e-6
     changes_weights = False
 
+    @property
+    def unets_only(self) -> bool:
+        return self.blocks != "all"  # an autoencoder has no transformer blocks
+
     def apply(self, model: Any) -> None:
         run = _recomputed(model)
         if self.blocks == "all":

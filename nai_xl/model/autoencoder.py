@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import AutoencoderKL
 from torch import Tensor
+
+from nai_xl.files import replace_folder
 
 
 class TrainableAutoencoder(AutoencoderKL):
@@ -40,8 +41,4 @@ def save_autoencoder(vae: TrainableAutoencoder, weights: Mapping[str, Tensor], f
     """
     vae.__class__ = AutoencoderKL
     vae.to("cpu").load_state_dict(dict(weights))
-    aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    vae.save_pretrained(aside / "vae", safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    replace_folder(folder, lambda aside: vae.save_pretrained(aside / "vae", safe_serialization=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nai_xl.errors import UserError
+from nai_xl.files import replace_folder
 from nai_xl.interfaces import Parameterization, Schedule
 from nai_xl.model.sdxl import load_sdxl
 from nai_xl.model.sdxl.components import Components
@@ -66,11 +66,7 @@ def save_pipeline(
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
-    aside = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside, safe_serialization=True)
-    shutil.rmtree(path, ignore_errors=True)
-    return aside.rename(path)
+    return replace_folder(path, lambda aside: pipeline.save_pretrained(aside, safe_serialization=True))
 
 
 def _load_all(unet: nn.Module, weights: Mapping[str, Tensor]) -> None:

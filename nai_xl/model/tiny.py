@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -21,17 +22,6 @@ ASSETS = files("nai_xl") / "assets"
 TEXT_SEED = 1234  # the encoders are part of the model, as published weights are: not of the run's seed
 WIDTHS = (64, 96)  # of the two text encoders
 
-VAE_CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (32, 64, 96, 112),
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 8,
-    "sample_size": 128,
-}
 UNET_CONFIG = {
     "sample_size": 16,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -65,9 +55,14 @@ def tiny_sdxl(*, seed: int) -> Components:
     return Components(unet=unet, vae=_vae(), text_encoders=_text_encoders(tokenizers[0]), tokenizers=tokenizers)
 
 
+def vae_config() -> dict[str, Any]:
+    """The autoencoder's architecture, and the scaling factor of its latents."""
+    return json.loads((ASSETS / "tiny_vae.json").read_text())
+
+
 def _vae() -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
-        vae = AutoencoderKL(**json.loads((ASSETS / "tiny_vae.json").read_text()))
+        vae = AutoencoderKL(**vae_config())
     weights = load((ASSETS / "tiny_vae.safetensors").read_bytes())
     vae.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return vae.eval().requires_grad_(False)

@@ -70,10 +70,10 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
 def rounds_stochastically(make: Callable[..., Any]) -> bool:
     """Whether an optimizer class, or a partial of one, may train bfloat16 weights.
 
-    Its attribute `stochastic_rounding` says so, which StochasticOptimizer has and a library's optimizer has not.
-    torchao's are asked by their argument `bf16_stochastic_round`.
+    StochasticOptimizer says so by its member `stochastic_rounding`, which torch's and other libraries' optimizers lack:
+    they round to nearest. torchao's are asked by their argument `bf16_stochastic_round`.
     """
     kind, arguments = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
     if "bf16_stochastic_round" in arguments:
         return bool(arguments["bf16_stochastic_round"])
-    return hasattr(kind, "stochastic_rounding") and bool(kind.stochastic_rounding)
+    return bool(getattr(kind, "stochastic_rounding", False))

@@ -57,9 +57,11 @@ class Task(Protocol):
     """One option of the group `task`. Every rank calls its methods; `figure` and `deliver` are the first rank's alone.
 
     The order: refuse, load, prepare, flops, free_groups, stateful, described, remarks, figure, studio, loss at every
-    step, deliver.
+    step, deliver. With something to compile, `loss` is called for each shape before `studio`, too. precompute ends
+    after `prepare`.
 
-    timesteps: the length of the axis along which losses are reported in bands; 0 for none.
+    timesteps: the length of the axis along which losses are reported in bands; 0 for none. A class may also declare
+    headline, the groups whose options name a run's directory; without it they are task and model.
     """
 
     timesteps: int

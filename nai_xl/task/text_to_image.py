@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -61,6 +61,8 @@ class TextToImage:
     Delivered is a diffusers pipeline. A field is the config's group or node of its name.
     """
 
+    headline: ClassVar[tuple[str, ...]] = ("model", "schedule", "parameterization", "loss")
+
     objective: Objective
     noise: TrainingNoise
     bucketing: Bucketing
@@ -112,7 +114,8 @@ class TextToImage:
                 self.components.vae,
                 lambda: functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)])),
             )
-        weights = self.sample_weights(index=index)
+        with keyed("sample_weights"):
+            weights = self.sample_weights(index=index)
         first = [row[0] for row in encoder.latent_refs(Index(held), self.bucketing)]
         return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)]))
 

@@ -65,7 +65,8 @@ class VaeDecoder:
             reason = "moves the encoder, which task.trained=decoder freezes; set task.trained=all"
             raise ValueError(f"channel_pull={self.channel_pull}: {reason}")
         if foreign := [type(action).__name__ for action in self.memory if action.unets_only]:
-            raise UserError(f"memory: {foreign[0]} is for UNets, and task=vae_decoder has none; set 'memory=[sdpa]'")
+            reason = "is for UNets with these settings, and task=vae_decoder has none; set 'memory=[sdpa]'"
+            raise UserError(f"memory: {foreign[0]} {reason}")
 
     def refuse(self, index: Index) -> None:
         refuse_other_tasks(self.evals, "vae_decoder", "'evals=[reconstruction]'")
@@ -81,12 +82,15 @@ class VaeDecoder:
 
     def prepare(self, index: Index, cache: Any, strategy: Strategy, run: RunDirectory) -> Pictures:
         """Leave out what cannot be read. Nothing is encoded beforehand: batches read the pictures themselves."""
-        share = [*index.items, *self._looked_at(index)][strategy.rank :: strategy.world]
+        looked_at = self._looked_at(index)
+        share = [*index.items, *looked_at][strategy.rank :: strategy.world]
         with ThreadPoolExecutor(4) as pool:
             found = [(item.path, why) for item, why in zip(share, pool.map(unreadable, share), strict=True) if why]
-        index = index.without(dict(strategy.gather_objects(found)))
+        bad = dict(strategy.gather_objects(found))
+        index = index.without(bad)
         refuse_empty(index, "data")
-        return Pictures(index, self.bucketing, self.zoom, self.recolour, self._looked_at(index))
+        held = [item for item in looked_at if item.path not in bad]
+        return Pictures(index, self.bucketing, self.zoom, self.recolour, held)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from nai_xl import config
+from nai_xl.adapter.trainable import Trainable
 from nai_xl.config.spec import Spec
 from nai_xl.data.index import Index
 from nai_xl.distributed.strategy import Strategy
@@ -19,6 +20,7 @@ from nai_xl.engine.hooks import Evaluate, Profile, Report, Save
 from nai_xl.engine.loop import Stop, Training, train
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
+from nai_xl.errors import UserError
 from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compile import uncompiled
 from nai_xl.profiler.advice import Setup
@@ -66,8 +68,7 @@ class Session:
             data.write(home)
         with self._reporting(index) as (tracker, stop):
             trainable = spec.adapter(network)
-            for action in spec.memory:
-                action.apply(trainable.module)
+            self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state)
             self._announce(data, tracker, start, steps)
@@ -80,6 +81,15 @@ class Session:
                     tracker.artifact(grid)
             strategy.wait()
         self._say_where(tracker.where())
+
+    def _act_on(self, trainable: Trainable) -> None:
+        """Apply the memory actions. Raises UserError for one that replaces what is trained."""
+        for action in self.spec.memory:
+            action.apply(trainable.module)
+            there = {id(parameter) for parameter in trainable.module.parameters()}
+            if any(id(parameter) not in there for parameter in trainable.parameters.values()):
+                name = type(action).__name__
+                raise UserError(f"memory: {name} replaces parameters that are trained; leave it out of 'memory=[...]'")
 
     def _restored(self, checkpoints: Checkpointer, state: State) -> int:
         """Bind what a checkpoint holds, and go back to the newest: the step at which it was made."""

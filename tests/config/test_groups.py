@@ -50,6 +50,10 @@ def test_choices_name_the_options_in_the_order_of_train_yaml() -> None:
     assert "recipe" not in found
 
 
+def test_settings_of_an_option_that_is_not_chosen_name_no_choice() -> None:
+    assert choices("debug=fast", "evals=[val_loss]")["evals"] == "val_loss"
+
+
 @pytest.fixture
 def plug_in(tmp_path: Path) -> Path:
     """A folder of config groups: one with a plain option, one with options of which several can be chosen."""

@@ -198,6 +198,15 @@ def test_runs_lie_under_their_name_and_signature(tmp_path: Path) -> None:
     assert config.run_dir(named, choices) == tmp_path / "a" / f"b-{signature()}"
 
 
+def test_a_task_says_which_choices_name_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"task": "own", "model": "tiny", "loss": "minsnr"}
+    plain = config.compose([f"output_dir={tmp_path}", "task=vae_decoder"])
+    assert config.run_dir(plain, choices | {"task": "vae_decoder"}).name.startswith("vae_decoder-tiny-")
+    module("tasks_of_mine", monkeypatch, Own=type("Own", (), {"headline": ("task", "loss")}))
+    own = config.compose([f"output_dir={tmp_path}", "task._target_=tasks_of_mine.Own", "plugins=[tasks_of_mine]"])
+    assert config.run_dir(own, choices).name.startswith("own-minsnr-")
+
+
 # --- a config in short ------------------------------------------------------------------------------------------------
 
 

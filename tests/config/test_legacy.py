@@ -155,7 +155,7 @@ def test_a_damaged_config_of_0_1_is_passed_over_and_told_to_who_asks_for_it(outp
     with pytest.raises(UserError, match=r"config\.yaml is damaged"):
         config.stored_config(folder)
     (folder / "config.yaml").write_text("- a\n- list\n")
-    with pytest.raises(UserError, match=r"config\.yaml is no config"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
         config.stored_config(folder)
     (folder / "config.yaml").unlink()
     with pytest.raises(FileNotFoundError):

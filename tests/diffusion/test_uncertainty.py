@@ -16,7 +16,7 @@ from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.interfaces import Batch, NoiseLevel, Parameterization, Weighting
 from nai_xl.optimizer.ema import StandardEma
 from tests.diffusion.test_objective import FakeUnet, batch
-from tests.test_distributed import run as launch
+from tests.distributed.test_distributed import run as launch
 from tests.test_train import Compose, losses, run, same_weights
 
 ZERO_TERMINAL = ztsnr(scaled_linear())

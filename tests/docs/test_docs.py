@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
 from nai_xl.docs import __main__ as command
+from nai_xl.docs import pages
 from nai_xl.docs.catalogue import Group, Option, catalogue
 from nai_xl.docs.checkout import BEGIN, END, stale, write
 from nai_xl.docs.hints import hint, in_words
@@ -114,6 +115,18 @@ def test_a_changed_default_makes_its_page_stale_and_a_new_option_the_tables_too(
     assert (before, after) == ("before\n", "\nafter\n")
     assert "| [loss](docs/groups/loss.md) |" in table and "**minsnr**, debiased, edm" in table and "sharp" in table
     assert "`+loss.gamma`" in (checkout / "docs" / "groups" / "loss.md").read_text()  # a setting that its yaml lacks
+
+
+def test_a_choice_is_harmless_where_every_call_of_every_option_says_so() -> None:
+    sentence = "The choice does not change the trained weights"
+    harmless = {name for name, group in groups().items() if sentence in pages.page(group)}
+    assert harmless >= {"cache", "checkpoint", "tracker"}
+    assert "model" not in harmless  # its yamls name a network, which counts, and sizes, which do not
+
+
+def test_a_member_is_a_column_where_an_option_declares_it() -> None:
+    with_column = {name for name, group in groups().items() if "`open_ended`" in pages.page(group)}
+    assert with_column == {"lr"}
 
 
 def test_a_page_whose_group_is_gone_goes_too(checkout: Path) -> None:

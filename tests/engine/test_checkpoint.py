@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nai_xl.engine import checkpoint as module
 from nai_xl.engine.checkpoint import LocalCheckpoints, ModuleState, join_tensors, split_tensors
 from nai_xl.errors import UserError
+from tests.conftest import Alone
 
 
 class Holder:
@@ -32,7 +33,7 @@ class Holder:
 
 
 def checkpoints(folder: Path, keep: int = 2, **parts: Any) -> LocalCheckpoints:
-    made = LocalCheckpoints(folder, keep=keep)
+    made = LocalCheckpoints(folder, keep=keep, strategy=Alone())
     made.bind(**parts)
     return made
 
@@ -127,6 +128,15 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path: Pa
     steps(second, optimizer, range(step, 8))
     assert all(map(torch.equal, second.parameters(), whole.parameters()))
     assert not all(map(torch.equal, first.parameters(), whole.parameters()))
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    second = Alone()
+    second.first = False
+    made = LocalCheckpoints(tmp_path, keep=1, strategy=second)
+    made.bind(part=Holder({"a": 1}))
+    made.save(1)
+    assert made.latest_step() == 0 and not list(tmp_path.iterdir())
 
 
 def test_files_are_json_and_safetensors_only(tmp_path: Path) -> None:

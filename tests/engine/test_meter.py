@@ -20,6 +20,7 @@ from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Losses
 from nai_xl.model.flops import training_flops
 from nai_xl.model.tiny import tiny_sdxl
+from tests.conftest import Alone
 
 
 def alone(rows: Tensor) -> Tensor:
@@ -213,11 +214,11 @@ def test_peak_memory_of_a_gpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_resumed_run_reports_the_means_of_the_uninterrupted_one(tmp_path: Path) -> None:
     meter, *_ = filled()
-    saved = LocalCheckpoints(tmp_path, keep=1)
+    saved = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     saved.bind(meter=meter)
     saved.save(1)
     other = Meter(1000, gather=alone)
-    fresh = LocalCheckpoints(tmp_path, keep=1)
+    fresh = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     fresh.bind(meter=other)
     fresh.load_latest()
     assert without_times(other.read(lr=1)) == without_times(meter.read(lr=1))

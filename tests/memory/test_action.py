@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from nai_xl import config
 from nai_xl.errors import UserError
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.activation_budget import ActivationBudget
@@ -34,6 +35,11 @@ class Own(MemoryAction):
 def the_action(option: str) -> MemoryAction:
     (action,) = actions(f"[{option}]")
     return action
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_action_is_taken_out_as_messages_say(option: str) -> None:
+    assert option not in config.compose([f"memory=[sdpa,{option}]", f"~memory.{option}"]).memory
 
 
 @pytest.mark.parametrize("option", ABLE)

@@ -3,13 +3,14 @@
 import functools
 from collections import Counter
 
+import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from nai_xl.memory.attention import Sdpa
-from nai_xl.memory.channels_last import ChannelsLast
+from nai_xl.memory.channels_last import ChannelsLast, ChannelsLastGroupNorm
 from tests.memory.counted import unet_with
 from tests.memory.test_memory import loss_of, plain_unet
 
@@ -45,6 +46,14 @@ def test_activations_keep_channels_last_order_throughout() -> None:
     assert found["in nhwc"] > 60 and found["gradient nhwc"] > 60
     # what moving the weights alone comes to: the test can tell the difference
     assert orders(unet_with(Sdpa()).to(memory_format=torch.channels_last))["in nchw"] == 24
+
+
+def test_a_norm_of_tokens_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoencoder's attention normalises [B,C,n], which the kernel for pictures does not know."""
+    monkeypatch.setattr("nai_xl.memory.channels_last.group_norm", None)
+    norm = ChannelsLastGroupNorm(2, 4)
+    tokens = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norm(tokens), nn.functional.group_norm(tokens, 2, norm.weight, norm.bias, norm.eps))
 
 
 def test_channels_last_swaps_every_block_and_nothing_in_its_weights() -> None:

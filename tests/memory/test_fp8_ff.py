@@ -66,7 +66,7 @@ def test_float8_without_kernels_is_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(fp8_ff, "_capability", lambda: capability)
-    with pytest.raises(UserError, match=r"8\.9 or newer.*memory\.fp8_ff\.emulate=true"):
+    with pytest.raises(UserError, match=r"8\.9 or newer.*'~memory\.fp8_ff'.*memory\.fp8_ff\.emulate=true"):
         Spec.of(small("memory=[fp8_ff]"))
     Spec.of(small("memory=[fp8_ff]", "memory.fp8_ff.emulate=true"))
 
@@ -80,5 +80,5 @@ def test_float8_is_built_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 def test_float8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torchao"):
+    with pytest.raises(UserError, match=r"pip install torchao, or set '~memory\.fp8_ff'"):
         Fp8FeedForward(emulate=True)

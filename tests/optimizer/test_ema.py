@@ -11,6 +11,7 @@ from nai_xl import config
 from nai_xl.engine.checkpoint import LocalCheckpoints
 from nai_xl.errors import UserError
 from nai_xl.optimizer.ema import NoEma, StandardEma
+from tests.conftest import Alone
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -145,11 +146,11 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         move(m, step)
         ema.update(step)
-    saved = LocalCheckpoints(tmp_path, keep=1)
+    saved = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     saved.bind(ema=ema)
     saved.save(3)
     other = StandardEma(named(model(seed=1)), decay=0.9)
-    fresh = LocalCheckpoints(tmp_path, keep=1)
+    fresh = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     fresh.bind(ema=other)
     fresh.load_latest()
     assert other.averages().keys() == ema.averages().keys()

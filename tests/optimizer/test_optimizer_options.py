@@ -15,6 +15,7 @@ from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.optimizer.lr import LearningRate, constant
 from nai_xl.optimizer.rounding import rounds_stochastically
 from nai_xl.optimizer.stochastic import keep_layout
+from tests.conftest import Alone
 
 OPTIONS = sorted(path.stem for path in (config.conf_dir() / "optimizer").glob("*.yaml"))
 BF16 = ["adamw_bf16", "adamw8bit", "adafactor"]
@@ -84,12 +85,12 @@ def test_the_step_after_resuming_is_the_uninterrupted_one(option: str, dtype: to
     optimizer = built(option, whole.groups())
     for number in range(3):
         whole.step(optimizer, number)
-    saved = LocalCheckpoints(tmp_path, keep=1)
+    saved = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     saved.bind(model=ModuleState(whole), optimizer=optimizer)
     saved.save(3)
     resumed = Small(dtype, seed=1)
     fresh = built(option, resumed.groups())
-    loaded = LocalCheckpoints(tmp_path, keep=1)
+    loaded = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     loaded.bind(model=ModuleState(resumed), optimizer=fresh)
     assert loaded.load_latest() == 3
     for number in range(3, 6):

@@ -14,6 +14,7 @@ from nai_xl.engine.checkpoint import LocalCheckpoints, ModuleState
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.optimizer.adamw_bf16 import AdamWBf16
 from nai_xl.optimizer.update import UpdateInBackward, WholeUpdate, blocks_of
+from tests.conftest import Alone
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fused": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, fused=True),
@@ -198,7 +199,7 @@ def test_optimizers_in_backward_resume_exactly(tmp_path: Any) -> None:
     def begin() -> tuple[nn.Module, UpdateInBackward, LocalCheckpoints]:
         model = network()
         update = UpdateInBackward(make, named(model), max_grad_norm=1.0)
-        checkpoints = LocalCheckpoints(tmp_path, keep=1)
+        checkpoints = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
         checkpoints.bind(model=ModuleState(model), optimizer=update)
         return model, update, checkpoints
 

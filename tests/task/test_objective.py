@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nai_xl.diffusion import error, loss, timesteps
 from nai_xl.diffusion.objective import Objective
@@ -34,6 +34,13 @@ def nothing(level: NoiseLevel, p: Parameterization) -> Tensor:
     return 0 * level.alpha
 
 
+class Bare(nn.Module):
+    """A module that lacks what learned weightings have."""
+
+    def forward(self, level: NoiseLevel, p: Parameterization) -> Tensor:
+        return torch.ones_like(level.alpha)
+
+
 def infinite(prediction: Tensor, target: Tensor, level: NoiseLevel) -> Tensor:
     return prediction.flatten(1).mean(1) / 0
 
@@ -47,6 +54,7 @@ def infinite(prediction: Tensor, target: Tensor, level: NoiseLevel) -> Tensor:
             r"\. Use parameterization=v, or schedule=scaled_linear\.$",
         ),
         ({"weighting": ratio}, r"^loss: the value at timestep 999 is inf.*loss=uniform.*schedule=scaled_linear"),
+        ({"weighting": Bare()}, r"^loss: a module needs penalty and parameter_group; derive from LearnedWeighting$"),
         ({"weighting": nothing}, r"^loss: the weight is 0 at every timestep.*use loss=uniform"),
         ({"error": infinite}, r"^error: the value at timestep 0 is inf.*use error=mse"),
         (

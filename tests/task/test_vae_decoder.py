@@ -18,6 +18,7 @@ from nai_xl.data.source.folder import scan
 from nai_xl.errors import UserError
 from nai_xl.evals.reconstruction import psnr
 from nai_xl.model.tiny import tiny_sdxl
+from nai_xl.record.run_dir import RunDirectory
 from nai_xl.train import train
 from tests.conftest import SMALL
 from tests.test_train import losses
@@ -81,6 +82,8 @@ def test_reconstructions_are_measured_and_shown(autoencoder: Compose) -> None:
         (["evals=[sample_grid]", "~evals.reconstruction"], r"evals=\[reconstruction\]"),
         (["memory=[bf16_weights]", "optimizer=adamw_bf16"], r"Bf16Weights is for UNets"),
         (["memory=[attention_slicing]"], r"AttentionSlicing is for UNets"),
+        (["memory=[flash]"], r"Sdpa is for UNets with these settings"),
+        (["memory=[gradient_checkpointing]", "memory.gradient_checkpointing.blocks=ff"], r"Checkpointing is for UNets"),
         (["task.channel_pull=0.1"], r"task\.channel_pull=0\.1.*task\.trained=all"),
     ],
 )
@@ -101,6 +104,22 @@ def test_an_image_that_cannot_be_read_is_left_out(autoencoder: Compose, images: 
     folder = train(autoencoder("run.max_images=4"), {})
     assert "00.png" in (folder / "skipped.csv").read_text()
     assert json.loads((folder / "run.json").read_text())["images"] == 11
+
+
+def test_a_held_out_image_that_cannot_be_read_is_dropped_and_not_replaced_by_an_unchecked_one(
+    autoencoder: Compose, tmp_path: Path
+) -> None:
+    spec = Spec.of(autoencoder("data.held_out=0.4", "evals.reconstruction.count=1"))
+    index = spec.scan()
+    (shown,) = spec.evals[0].held_out(index.held_out)
+    shown.path.write_bytes(shown.path.read_bytes()[:200])
+    data = spec.task.prepare(index, spec.cache, spec.start(), RunDirectory(tmp_path))
+    assert not data.held_out and len(index.held_out) > 1
+
+
+def test_whole_blocks_may_be_recomputed(autoencoder: Compose) -> None:
+    spec = Spec.of(autoencoder("memory=[gradient_checkpointing,math]"))
+    assert not any(action.unets_only for action in spec.memory)
 
 
 def test_a_picture_depends_on_its_position_alone(images: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import SMALL
 from tests.test_train import losses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, images: Path, processes: int, *overrides: str) -> Path:
