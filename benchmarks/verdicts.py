@@ -239,12 +239,15 @@ def equal(draws: int) -> Iterator[Row]:
             }  # fmt: skip
 
 
+TABLES = {"intervals": intervals, "family": family, "equal": equal}
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=20_000, help="simulated comparisons of a row")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    for name, table in {"intervals": intervals, "family": family, "equal": equal}.items():
+    for name, table in TABLES.items():
         write(f"verdicts_{name}", command(), {"draws a row": args.draws}, list(table(args.draws)), args.out)
 
 

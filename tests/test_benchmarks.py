@@ -1,6 +1,6 @@
 """The benchmarks still run and count what they say. No time is asserted."""
 
-import importlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from nai_xl.compare.crossed import critical_t, crossed
+from nai_xl.compare.paired import bootstrap
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -117,3 +120,44 @@ def test_a_speed_is_measured_by_the_runs_own_objects(load: Any) -> None:
     assert found["images/s"] == pytest.approx(1000 / found["median ms"])
     flops = load("nai_xl.model.flops").training_flops(load("nai_xl.model.tiny").tiny_sdxl(seed=0).unet, 64, 64)
     assert found["TFLOP/s"] == pytest.approx(flops * found["images/s"] / 1e12)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 16), (5, 40), (12, 4)])
+def test_the_simulated_p_is_that_of_compare(load: Any, shape: tuple[int, int]) -> None:
+    """verdicts.py computes it for many tables at once, on fewer nodes."""
+    verdicts = load("verdicts")
+    tables = verdicts.differences(verdicts.normal, (1, 1, 1), 60, *shape)
+    found = verdicts.squares(tables)
+    fast = verdicts.p_of_today(found, found.mean)
+    slow = [crossed(table).p(float(table.mean())) for table in tables]
+    assert fast == pytest.approx(slow, rel=0.02, abs=1e-5)
+
+
+def test_the_simulations_have_their_rows(load: Any, tmp_path: Path) -> None:
+    verdicts = load("verdicts")
+    verdicts.main(["--draws", "20", "--out", str(tmp_path)])
+    rows = {name: json.loads((tmp_path / f"verdicts_{name}.json").read_text())["rows"] for name in verdicts.TABLES}
+    assert {row["values"] for row in rows["intervals"]} >= {"normal", "t3", "mixture", "errors", "shares of 8"}
+    assert all(0 <= row["any false verdict today"] <= 1 for row in rows["family"])
+    assert all(row["called equal at the margin"] <= row["called equal when equal"] for row in rows["equal"])
+
+
+def test_stored_intervals_give_back_their_mean_squares() -> None:
+    """experiments/recompute.py, on a table whose mean squares are known."""
+    spec = importlib.util.spec_from_file_location("recompute", BENCHMARKS.parent / "experiments" / "recompute.py")
+    assert spec is not None and spec.loader is not None
+    recompute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recompute)
+    random = np.random.default_rng(0)
+    table = random.normal(size=(5, 1)) + 0.5 * random.normal(size=(1, 30)) + random.normal(size=(5, 30))
+    known = crossed(table)
+    of_items = known.of_items - known.of_both
+    df = known.variance**2 / (known.of_seeds**2 / 4 + of_items**2 / 29)
+    half = critical_t(df) * known.variance**0.5
+    low, high = bootstrap(table, 20_000)
+    row = {"seeds": "0 1 2 3 4", "items": "30", "df": df, "low": -half, "high": half}
+    row |= {"bootstrap_low": low, "bootstrap_high": high}
+    found = recompute.mean_squares(row)
+    best = min(found, key=lambda one: abs(one.of_seeds - known.of_seeds))
+    assert best.of_seeds == pytest.approx(known.of_seeds) and best.of_items - best.of_both == pytest.approx(of_items)
+    assert max(one.p(2.0) for one in found) >= 0.98 * known.p(2.0)
