@@ -3,8 +3,8 @@
 The results were stored by 0.1 as intervals, not as tables of seeds and items, so the mean squares are taken back from
 them: the interval and its degrees of freedom give what seeds and what items add to the variance, up to two solutions,
 of which the one with the larger p is kept; the width of the bootstrap gives the residual, on which p hardly depends.
-Errors cannot be compared by their ratio, which needs the single values. Equality is not asked, and neither are arms with
-fewer than three seeds, or what a run that failed would have changed.
+Errors cannot be compared by their ratio, which needs the single values. Equality is not asked, and neither are arms
+with fewer than three seeds, or what a run that failed would have changed.
 """
 
 from __future__ import annotations

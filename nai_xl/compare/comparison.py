@@ -63,6 +63,11 @@ class Comparison:
         keys = [key for key in keys if [config.get(key) for config in configs] != [run.seed for run in firsts]]
         return {key: [config.get(key) for config in configs] for key in keys}
 
+    def baseline_mean(self, metric: str) -> float | None:
+        """Over the seeds that it shares with the arm that has most of them."""
+        known = [row for row in self.of(metric) if row.baseline_mean is not None]
+        return max(known, key=lambda row: len(row.seeds)).baseline_mean if known else None
+
     def of(self, metric: str) -> list[Row]:
         return [row for row in self.rows if row.metric == metric]
 

@@ -68,6 +68,14 @@ class Row:
         """The margin on the scale of effect.estimate; None if there is none, or the baseline is 0."""
         return on_tested_scale(self, self.margin) if self.margin is not None else None
 
+    @property
+    def margin_in_units(self) -> float | None:
+        """The margin in the metric's units, as it is above the baseline."""
+        size = self.tested_margin
+        if size is None or self.effect is None:
+            return None
+        return math.expm1(size) * abs(self.baseline_mean or 0.0) if self.effect.ratio else size
+
 
 def on_tested_scale(row: Row, size: str) -> float | None:
     """A difference such as "2%" or "0.1" on the scale of the row's effect.estimate; None if the baseline is 0."""

@@ -35,7 +35,7 @@ def forest(found: Comparison) -> Drawn | None:
     """A panel for each metric, a row for each arm; None if no arm has a difference.
 
     Each row shows the difference to the baseline with the paired 95 % interval and, thin below it, the interval that
-    the same runs have without pairing.
+    the same runs have without pairing. Differences within the margin of equality are shaded.
     """
     metrics = [metric for metric in found.metrics if any(row.effect for row in found.of(metric))]
     if not metrics:
@@ -95,6 +95,8 @@ def _panel(axis: Axes, found: Comparison, metric: str) -> None:
     axis.axvline(0, color=INK, lw=1.4, zorder=1)
     axis.grid(axis="x")
     low, high = _range(rows)
+    if (within := _margin(rows)) is not None:
+        axis.axvspan(-within, within, color=LOOK[EQUAL][0], alpha=0.12, lw=0, zorder=0)
     for place, row in enumerate(rows):
         if row.effect is None:
             axis.annotate(
@@ -108,6 +110,12 @@ def _panel(axis: Axes, found: Comparison, metric: str) -> None:
     axis.spines["left"].set_visible(False)
     good = better_direction(metric, found.directions)
     axis.set_xlabel({"lower": "← better", "higher": "better →", None: ""}[good], color=SOFT)
+
+
+def _margin(rows: Sequence[Row]) -> float | None:
+    """The widest of the rows' margins in the metric's units; None if no row has one."""
+    sizes = [size for row in rows if (size := row.margin_in_units) is not None]
+    return max(sizes, default=None)
 
 
 def _range(rows: Sequence[Row]) -> tuple[float, float]:

@@ -85,10 +85,9 @@ def _answer(found: Comparison, metric: str) -> dict[str, Any]:
 def _results(found: Comparison, metric: str) -> dict[str, Any]:
     """The rows of one metric: (arm, verdict, the verdict in words, further cells)."""
     rows = found.of(metric)
-    means = [row.baseline_mean for row in rows if row.baseline_mean is not None]
     return {
         "metric": metric,
-        "baseline_mean": number(means[0] if means else None),
+        "baseline_mean": number(found.baseline_mean(metric)),
         "rows": [(found.names[row.arm], row.verdict, said(row), _cells(row)) for row in rows],
     }
 

@@ -25,9 +25,8 @@ def table(found: Comparison) -> Table:
         made.add_column(heading, justify="right", no_wrap=True)
     for metric in found.metrics:
         rows = found.of(metric)
-        base = next((row.baseline_mean for row in rows if row.baseline_mean is not None), None)
         made.add_row(Text(metric, style="bold cyan"))
-        made.add_row(Text(found.names[found.baseline]), "baseline", number(base))
+        made.add_row(Text(found.names[found.baseline]), "baseline", number(found.baseline_mean(metric)))
         for row in rows:
             e = row.effect
             made.add_row(
