@@ -22,7 +22,8 @@ def draw(found: Comparison, configs: Mapping[str, DictConfig]) -> Figures:
         "differences": (
             forest(found),
             "Difference to the baseline at the end: thick, the paired 95 % interval; thin, what the same runs would "
-            "have shown unpaired (an arrow: it goes on); shaded, the margin of equality. Colour and mark tell the verdict.",
+            "have shown unpaired (an arrow: it goes on); shaded, the margin of equality. Colour and mark tell the "
+            "verdict.",
         ),
         "curves": (
             curves(found),
