@@ -51,21 +51,26 @@ def theory() -> list[Row]:
 
 
 def measured(outputs: Path) -> list[Row]:
-    """The last evaluation of every run of the experiment, with standard errors over its samples."""
+    """Every evaluation of every run of the experiment, with standard errors over its samples."""
     rows: list[Row] = []
     for home in sorted(home for home in outputs.iterdir() if home.is_dir()):
         arm = read_arm(home)
         if arm is None or "gaussian_mean" not in arm.sweeps or arm.status != "FINISHED":
             continue
-        last = [row for row in metrics_of(home).rows() if "mean_kept/caption" in row][-1]
-        row: Row = {"arm": arm.label, "seed": arm.seed}
-        for metric in ("caption", "variance"):
-            values = torch.tensor(list(read_items(home, f"mean_kept/{metric}")[last["step"]].values()))
-            row |= {metric: last[f"mean_kept/{metric}"], f"{metric}_error": float(values.std() / len(values) ** 0.5)}
-            row |= {f"{metric}_ideal": last[f"mean_kept/{metric}_ideal"]}
-        excess = ("excess_terminal", "excess", "relative", "excess_logsnr_-2_1")
-        rows.append(row | {name: last.get(f"optimality/{name}", "") for name in excess})
-    return rows
+        for found in metrics_of(home).rows():
+            if "mean_kept/caption" in found:
+                rows.append({"arm": arm.label, "seed": arm.seed, "step": found["step"]} | values(home, found))
+    return sorted(rows, key=lambda row: (row["caption_ideal"], row["step"]))
+
+
+def values(home: Path, found: dict[str, float]) -> Row:
+    row: Row = {}
+    for metric in ("caption", "variance"):
+        items = torch.tensor(list(read_items(home, f"mean_kept/{metric}")[int(found["step"])].values()))
+        row |= {metric: found[f"mean_kept/{metric}"], f"{metric}_error": float(items.std() / len(items) ** 0.5)}
+        row |= {f"{metric}_ideal": found[f"mean_kept/{metric}_ideal"]}
+    excess = ("excess_terminal", "excess_logsnr_-5_-2", "excess_logsnr_-2_1", "excess_logsnr_1_4", "relative")
+    return row | {name: found.get(f"optimality/{name}", "") for name in excess}
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
@@ -95,21 +100,21 @@ def draw(rows: Sequence[Row], found: Sequence[dict[str, str]]) -> None:
         )
     panels[0].set(xscale="log", xlabel="q = n α²/σ² · variance of the mean", ylabel="share kept, exact flow")
     panels[0].set_title("SDXL's schedule on 64 to 1024 px", fontsize=10)
-    for panel, what, title in zip(
-        panels[1:], ("caption", "variance"), ("caption's mean", "variance of the mean"), strict=True
-    ):
-        ideal, mine = ([float(row[f"{what}{end}"]) for row in found] for end in ("_ideal", ""))
+    arms = {arm: (f"C{number}", "osD^vP"[number]) for number, arm in enumerate(dict.fromkeys(r["arm"] for r in found))}
+    for panel, what in zip(panels[1:], ("caption", "variance"), strict=True):
         panel.axline((0, 0), slope=1, color="0.7")
-        panel.errorbar(ideal, mine, [2 * float(row[f"{what}_error"]) for row in found], fmt="o", capsize=3)
-        for row, x, y in zip(found, ideal, mine, strict=True):
-            side, align = (-7, "right") if x > 0.7 else (7, "left")
-            panel.annotate(short(row["arm"]), (x, y), (side, -9), textcoords="offset points", fontsize=7, ha=align)
+        for row in found:
+            ideal, mine, error = (float(row[f"{what}{end}"]) for end in ("_ideal", "", "_error"))
+            (colour, marker), longer = arms[row["arm"]], int(row["step"]) > 400
+            label = f"{short(row['arm'])}{', ' + row['step'] + ' steps' if longer else ''}"
+            style = {"color": colour, "mfc": "white" if longer else colour, "capsize": 3, "label": label}
+            panel.errorbar(ideal + 0.012 * longer, mine, 2 * error, fmt=marker, **style)
         panel.set(
-            xlabel="kept by the ideal denoiser",
-            ylabel="kept by the trained model",
-            title=f"64 px, 28 DDIM steps: {title}",
+            xlabel="kept by the ideal denoiser", ylabel="kept by the trained model", xlim=(0, 1.06), ylim=(-0.06, 1.12)
         )
-        panel.title.set_fontsize(10)
+    panels[1].set_title("64 px, 28 DDIM steps: caption's mean", fontsize=10)
+    panels[2].set_title("64 px, 28 DDIM steps: variance of the mean", fontsize=10)
+    panels[1].legend(frameon=False, fontsize=8)
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
