@@ -103,12 +103,12 @@ def draw(rows: Sequence[Row], found: Sequence[dict[str, str]]) -> None:
     arms = {arm: (f"C{number}", "osD^vP"[number]) for number, arm in enumerate(dict.fromkeys(r["arm"] for r in found))}
     for panel, what in zip(panels[1:], ("caption", "variance"), strict=True):
         panel.axline((0, 0), slope=1, color="0.7")
-        for row in found:
+        for row in (row for row in found if row["step"] in ("400", "1200")):
             ideal, mine, error = (float(row[f"{what}{end}"]) for end in ("_ideal", "", "_error"))
             (colour, marker), longer = arms[row["arm"]], int(row["step"]) > 400
             label = f"{short(row['arm'])}{', ' + row['step'] + ' steps' if longer else ''}"
             style = {"color": colour, "mfc": "white" if longer else colour, "capsize": 3, "label": label}
-            panel.errorbar(ideal + 0.012 * longer, mine, 2 * error, fmt=marker, **style)
+            panel.errorbar(ideal + 0.02 * longer, mine, 2 * error, fmt=marker, **style)
         panel.set(
             xlabel="kept by the ideal denoiser", ylabel="kept by the trained model", xlim=(0, 1.06), ylim=(-0.06, 1.12)
         )
