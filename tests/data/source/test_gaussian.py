@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from nai_xl import config
+from nai_xl.data.index import refuse_without_pictures
 from nai_xl.data.source.gaussian import MEANS, GaussianField, GaussianSource
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Bucket
@@ -79,3 +80,9 @@ def test_it_trains_and_the_autoencoder_is_not_asked(
 def test_what_needs_pictures_is_refused(fields: Callable[..., DictConfig]) -> None:
     with pytest.raises(UserError, match=r"task=vae_decoder needs pictures.*set data=sample"):
         train(fields("task=vae_decoder", "evals=[reconstruction]", "memory=[sdpa]"), {})
+
+
+def test_who_reads_pictures_is_named_with_what_to_set_instead() -> None:
+    items = GaussianSource(resolution=64, count=3).scan().items
+    with pytest.raises(UserError, match=r"evals=quality needs pictures.*evals=\[optimality\]"):
+        refuse_without_pictures(items, "evals=quality", "'evals=[optimality]'")
