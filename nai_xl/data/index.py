@@ -8,27 +8,51 @@ from __future__ import annotations
 import csv
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nai_xl.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nai_xl.diffusion.ideal import Law
+    from nai_xl.interfaces import Bucket
+
 # struct.error: Pillow, on some damaged EXIF
 UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error)
 
 
+class Drawn(Protocol):
+    """Latents that a source makes itself, for whatever canvas; hashable."""
+
+    def latents(self, bucket: Bucket) -> Tensor:
+        """[4,h,w] float32, raw: before normalisation."""
+        ...
+
+    def law(self, bucket: Bucket) -> Law:
+        """The distribution that `latents` come from, given the caption."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image: `size` is (width, height) as seen, after EXIF rotation; `content` hashes the file's bytes."""
+    """One image: `size` is (width, height) as seen, after EXIF rotation; `content` hashes the file's bytes.
+
+    `drawn`: latents without a picture. `path` is then a name and no file, and `content` hashes all that they are made
+    from.
+    """
 
     path: Path
     caption: str
     size: tuple[int, int]
     content: str
+    drawn: Drawn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +114,12 @@ def open_rgb(path: Path) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def refuse_without_pictures(items: Iterable[Item], reader: str, instead: str) -> None:
+    """Raise UserError where an item has latents only. reader: what needs pictures; instead: the override that helps."""
+    if any(item.drawn is not None for item in items):
+        raise UserError(f"{reader} needs pictures, and these data are latents without any; set {instead}")
 
 
 def refuse_empty(index: Index, where: str) -> None:

@@ -151,8 +151,7 @@ def sample_latents(
     conditions = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
     solver = SOLVERS[sampling.method]
     timesteps = schedule.inference_timesteps(sampling.steps)
-    # the solvers' levels are scalars kept on the host: to look at them is not to wait for the device
-    levels = [*_each(schedule.at(timesteps)), NoiseLevel(torch.tensor(0), torch.tensor(1.0), torch.tensor(0.0))]
+    levels = path(schedule, sampling.steps)
     x, before = noise.float(), None
     for t, level, following in zip(timesteps.to(noise.device), levels[:-1], levels[1:], strict=True):
         per_image = schedule.at(t.expand(len(x)))
@@ -161,6 +160,11 @@ def sample_latents(
     return x
 
 
-def _each(levels: NoiseLevel) -> list[NoiseLevel]:
-    """Levels of [N] as N levels of scalars."""
-    return [NoiseLevel(*level) for level in zip(levels.t, levels.alpha, levels.sigma, strict=True)]
+def path(schedule: Schedule, steps: int) -> list[NoiseLevel]:
+    """The steps + 1 levels of a run from the last timestep to the clean end, as scalars kept on the host.
+
+    To look at them is not to wait for the device. Raises ValueError for more steps than the schedule has timesteps.
+    """
+    levels = schedule.at(schedule.inference_timesteps(steps))
+    each = [NoiseLevel(*level) for level in zip(levels.t, levels.alpha, levels.sigma, strict=True)]
+    return [*each, NoiseLevel(torch.tensor(0), torch.tensor(1.0), torch.tensor(0.0))]

@@ -58,7 +58,7 @@ class Encoder:
         return [[LatentRef(key(item, name), place) for place, name in places(*item.size)] for item in index.items]
 
     def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]]) -> dict[Path, str]:
-        """Encode what the cache lacks. Returns the images that could not be decoded, with the reason."""
+        """Encode, or draw, what the cache lacks. Returns the images that could not be decoded, with the reason."""
         jobs = [(item, ref) for item, row in zip(index.items, refs, strict=True) for ref in row]
         bad: dict[Path, str] = {}
         vae = self.components.vae.to(self.device)
@@ -67,7 +67,11 @@ class Encoder:
             ThreadPoolExecutor(4) as pool,
             _bar("latents", len(mine), self.rank) as bar,
         ):
-            for group, size in _by_bucket(mine):
+            for item, ref in mine:
+                if item.drawn is not None:
+                    self.cache.put(ref.key, {"latents": item.drawn.latents(ref.placement.bucket)})
+                    bar.update()
+            for group, size in _by_bucket([job for job in mine if job[0].drawn is None]):
                 canvases = list(pool.map(_canvas, group))
                 whole = [(ref, c) for (_, ref), c in zip(group, canvases, strict=True) if isinstance(c, torch.Tensor)]
                 bad |= {item.path: c for (item, _), c in zip(group, canvases, strict=True) if isinstance(c, str)}

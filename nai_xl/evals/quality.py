@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from nai_xl.data.images import on_canvas
-from nai_xl.data.index import Item, open_rgb
+from nai_xl.data.index import Item, open_rgb, refuse_without_pictures
 from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
 from nai_xl.evals.contact_sheet import Prompt
@@ -91,10 +91,12 @@ class Quality:
 
     def texts(self, items: Sequence[Item]) -> list[str]:
         """The captions of the training images that it looks at if none is held out."""
+        refuse_without_pictures(items, "evals=quality", "'evals=[optimality]'")
         return [item.caption for item in self._chosen(items)]
 
     def held_out(self, items: Sequence[Item]) -> list[Item]:
         """The first `count`, no image twice. Raises UserError when there is only one."""
+        refuse_without_pictures(items, "evals=quality", "'evals=[optimality]'")
         chosen = self._chosen(items)
         if len(chosen) == 1:
             raise UserError("evals=quality compares with at least 2 images; data.held_out holds out 1, set more or 0")

@@ -8,11 +8,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from PIL import Image
+
 from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
 from nai_xl.evals.painter import Studio
-from nai_xl.interfaces import Direction
+from nai_xl.interfaces import Direction, Placement
 
 
 @dataclass
@@ -20,7 +22,7 @@ class SampleGrid:
     """Every `every` steps a grid of fixed prompts and fixed noise, painted with the averaged weights.
 
     Without `prompts`, `count` training captions spread over the data are taken, and the training image stands beside
-    each sample.
+    each sample if it is a picture.
     """
 
     better: ClassVar[Mapping[str, Direction]] = {}
@@ -62,4 +64,8 @@ class SampleGrid:
     def _from_images(self, studio: Studio) -> list[Prompt]:
         placed = dict(zip(studio.encoded.index.items, studio.encoded.latents, strict=True))
         chosen = [(item, placed[item][0].placement) for item in self.picked(studio.encoded.index.items)]
-        return [Prompt(item.caption, p.bucket, on_canvas(open_rgb(item.path), p)) for item, p in chosen]
+        return [Prompt(item.caption, p.bucket, _picture(item, p)) for item, p in chosen]
+
+
+def _picture(item: Item, placement: Placement) -> Image.Image | None:
+    return on_canvas(open_rgb(item.path), placement) if item.drawn is None else None

@@ -7,7 +7,7 @@ their results is a difference between their models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, ClassVar
@@ -66,36 +66,28 @@ class ValLoss:
         """The first `count`, no image twice. Raises UserError when none is held out."""
         if not items:
             raise UserError("evals=val_loss needs images that are not trained on; set data.held_out=0.1, or more")
-        return list({item_name(item): item for item in items}.values())[: self.count]
+        return first(items, self.count)
 
     def run(self, step: int, studio: Studio) -> dict[str, float]:
         """Measure, write the values of each image, and return their means."""
         with studio.ema.swapped_in():
-            rows = [row for some in self._batches(studio.encoded) for row in self._measure(some, studio)]
+            batches = by_canvas(studio.encoded, self.held_out, self.batch)
+            rows = [row for some in batches for row in self._measure(some, studio)]
         edges = bands(len(studio.schedule))
         grid = studio.schedule.inference_timesteps(self.timesteps).tolist()
         on_grid = [row for row in rows if row[1] < len(grid)]
         table = {
-            "val/loss": _by_item((item, error) for item, _, error, _, _ in on_grid),
-            "val/x0_loss": _by_item((item, error) for item, _, _, error, _ in on_grid),
-            "val/x0_loss_terminal": _by_item((item, error) for item, k, _, error, _ in on_grid if grid[k] == grid[0]),
-            "val/x0_loss_terminal_raw": _by_item((i, error) for i, k, _, _, error in on_grid if grid[k] == grid[0]),
+            "val/loss": by_item((item, error) for item, _, error, _, _ in on_grid),
+            "val/x0_loss": by_item((item, error) for item, _, _, error, _ in on_grid),
+            "val/x0_loss_terminal": by_item((item, error) for item, k, _, error, _ in on_grid if grid[k] == grid[0]),
+            "val/x0_loss_terminal_raw": by_item((i, error) for i, k, _, _, error in on_grid if grid[k] == grid[0]),
         }
         for low, high in pairwise(edges):
             inside = ((item, error) for item, k, error, _, _ in on_grid if low <= grid[k] < high)
-            table[f"val/loss_band_{low}_{high}"] = _by_item(inside)
+            table[f"val/loss_band_{low}_{high}"] = by_item(inside)
         for number, wanted in enumerate(LOG_SNR, start=len(grid)):
-            table[f"val/x0_loss_logsnr_{wanted}"] = _by_item((i, error) for i, k, _, error, _ in rows if k == number)
+            table[f"val/x0_loss_logsnr_{wanted}"] = by_item((i, error) for i, k, _, error, _ in rows if k == number)
         return report(studio.run_dir, step, table)
-
-    def _batches(self, encoded: Encoded) -> Iterator[list[tuple[Item, LatentRef]]]:
-        """Held-out images that share a canvas."""
-        chosen = {item_name(item) for item in self.held_out([item for item, _ in encoded.held_out])}
-        named = {item_name(item): (item, ref) for item, ref in encoded.held_out}
-        pairs = [pair for name, pair in named.items() if name in chosen]
-        for numbers in by_bucket([ref.placement.bucket for _, ref in pairs]):
-            for start in range(0, len(numbers), self.batch):
-                yield [pairs[n] for n in numbers[start : start + self.batch]]
 
     @torch.no_grad()
     def _measure(self, some: Sequence[tuple[Item, LatentRef]], studio: Studio) -> Rows:
@@ -132,6 +124,23 @@ class ValLoss:
         return torch.randn(tuple(shape), generator=generator(self.seed, number, f"val {item}"))
 
 
+def first(items: Iterable[Item], count: int) -> list[Item]:
+    """The first `count`, none twice."""
+    return list({item_name(item): item for item in items}.values())[:count]
+
+
+def by_canvas(
+    encoded: Encoded, chosen: Callable[[Sequence[Item]], Sequence[Item]], batch: int
+) -> Iterator[list[tuple[Item, LatentRef]]]:
+    """Those of the held-out images that are `chosen`, none twice, in lists of at most `batch` that share a canvas."""
+    names = {item_name(item) for item in chosen([item for item, _ in encoded.held_out])}
+    named = {item_name(item): (item, ref) for item, ref in encoded.held_out}
+    pairs = [pair for name, pair in named.items() if name in names]
+    for numbers in by_bucket([ref.placement.bucket for _, ref in pairs]):
+        for start in range(0, len(numbers), batch):
+            yield [pairs[n] for n in numbers[start : start + batch]]
+
+
 def item_name(item: Item) -> str:
     """16 hex characters by which every run knows the same image and caption."""
     return content_key(item.content, item.caption)[:16]
@@ -154,7 +163,7 @@ def _squared(one: Tensor, other: Tensor) -> Tensor:
     return (one.double() - other.double()).square().flatten(1).mean(1)
 
 
-def _by_item(pairs: Iterator[tuple[str, float]]) -> Mapping[str, float]:
+def by_item(pairs: Iterator[tuple[str, float]]) -> Mapping[str, float]:
     """The mean of each item's errors."""
     found: dict[str, list[float]] = {}
     for item, error in pairs:

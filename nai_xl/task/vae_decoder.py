@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item, refuse_empty
+from nai_xl.data.index import Index, Item, refuse_empty, refuse_without_pictures
 from nai_xl.data.loader import RankBatches, whole_batches
 from nai_xl.data.pixels import PixelBatch, PixelDataset, unreadable
 from nai_xl.distributed.strategy import Strategy
@@ -70,6 +70,7 @@ class VaeDecoder:
 
     def refuse(self, index: Index) -> None:
         refuse_other_tasks(self.evals, "vae_decoder", "'evals=[reconstruction]'")
+        refuse_without_pictures(index.items, "task=vae_decoder", "data=sample, or task=text_to_image")
         self._looked_at(index)
 
     def load(self, model: Callable[[], Any]) -> nn.Module:
