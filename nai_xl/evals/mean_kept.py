@@ -50,6 +50,7 @@ class MeanKept:
     """
 
     better: ClassVar[Mapping[str, Direction]] = {}  # 1 is best
+    equal_within: ClassVar[Mapping[str, str]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from pydantic import Field
-
 from PIL import Image
+from pydantic import Field
 
 from nai_xl.data.images import on_canvas
 from nai_xl.data.index import Item, open_rgb
