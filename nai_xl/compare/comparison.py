@@ -82,8 +82,9 @@ def compare(
     """Compare the arms of `runs` with the baseline.
 
     `directions` and `margins`: from verdicts.declared and declared_margins; without them, those of the project's own
-    evaluators. `looks`: the earlier ones at this sweep, to which this one is added; None: it is judged by itself. Raises
-    UserError when there is nothing to compare: one arm, an unknown baseline, no metric in common.
+    evaluators. `looks`: the earlier ones at this sweep, to which this one is added; None: it is judged by itself.
+
+    Raises UserError when there is nothing to compare: one arm, an unknown baseline, no metric in common.
     """
     directions = declared(()) if directions is None else directions
     arms, notes = group(runs)
@@ -99,9 +100,7 @@ def compare(
     metrics, absent = choose_metrics(arms, asked.metrics)
     notes = [*notes, *(f"{metric} was measured in no run" for metric in absent)]
     rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]
-    judge = functools.partial(
-        judged, directions=directions, margins=margins, equivalence=asked.equivalence
-    )
+    judge = functools.partial(judged, directions=directions, margins=margins, equivalence=asked.equivalence)
     if looks is None:
         return Comparison(asked, baseline.label, arms, metrics, judge(rows), directions, notes)
     rows, looks = judged_at_look(rows, arms, asked.plan, looks, judge)

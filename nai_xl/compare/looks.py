@@ -57,19 +57,19 @@ def _look(rows: Sequence[Row], arms: Sequence[ArmRuns], plan: Plan, earlier: Seq
 
 def _arm_look(rows: Sequence[Row], arm: ArmRuns, baseline: ArmRuns, plan: Plan, earlier: Sequence[Look]) -> ArmLook:
     """As it was recorded, if these data were seen before. Otherwise it is planned where the plan has this number of
-    seeds, was not changed after a look at this arm, and all runs are finished.
+    seeds, was not changed after a look at this arm and did not have this look already, and all runs are finished.
     """
     seeds = tuple(sorted({seed for row in rows for seed in row.seeds}))
     look = ArmLook(seeds, max(row.step for row in rows if row.step is not None), planned=False, level=0.0)
-    plans = []
+    plan_kept, taken = True, False
     for other in earlier:
         if other.baseline == baseline.label and (before := other.arms.get(arm.label)) is not None:
             if before.same_data(look):
                 return before
-            plans.append(other.plan)
-            plans += [None] * (before.planned and len(before.seeds) == len(seeds))  # this look was taken already
+            plan_kept = plan_kept and other.plan == (plan.seeds, plan.looks)
+            taken = taken or (before.planned and len(before.seeds) == len(seeds))
     finished = all(side.runs[seed].status == "FINISHED" for side in (arm, baseline) for seed in seeds)
-    planned = finished and len(seeds) in plan.looks and all(one == (plan.seeds, plan.looks) for one in plans)
+    planned = finished and len(seeds) in plan.looks and plan_kept and not taken
     return replace(look, planned=planned, level=plan.level(min(len(seeds), plan.seeds), planned))
 
 

@@ -10,7 +10,6 @@ benchmarks/sequential.py simulates what this costs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ class Plan:
     @property
     def levels(self) -> dict[int, float]:
         """look -> its level. They add up to LEVEL."""
-        up_to = [0.0, *(spent(look / self.seeds) for look in self.looks)]
-        return {look: after - before for look, (before, after) in zip(self.looks, itertools.pairwise(up_to))}
+        up_to = [spent(look / self.seeds) for look in self.looks]
+        return {look: now - before for look, now, before in zip(self.looks, up_to, [0.0, *up_to[:-1]], strict=True)}
 
     def level(self, seeds: int, planned: bool) -> float:
         """Of a look at so many seeds. One that is not planned has all that would have been spent until then, which adds
