@@ -5,7 +5,8 @@ python benchmarks/sequential.py --draws 2000     sooner, coarser
 
 A draw is a sweep of arms and a baseline; every arm's differences share the baseline's noise. What is simulated is what
 nai_xl.compare computes: the generalised p of each arm and metric at each look, Holm's adjustment, the level of the
-look, verdicts that stand, arms that get no further seeds. p is vectorised with fewer nodes and checked against Crossed.p.
+look, verdicts that stand, arms that get no further seeds. p is vectorised, with fewer nodes, and checked against
+Crossed.p.
 """
 
 from __future__ import annotations

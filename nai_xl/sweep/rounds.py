@@ -33,8 +33,12 @@ class Contender:
 
     overrides: Sequence[str]
     arm: ArmRuns  # without runs: label and choices alone
+    typed: dict[int, DictConfig] = field(default_factory=dict)  # seed -> config, as Hydra composed it
     members: list[Member] = field(default_factory=list)
     due: bool = True
+
+    def config(self, seed: int, compose: Compose) -> DictConfig:
+        return self.typed.get(seed) or compose([*self.overrides, f"run.seed={seed}"])
 
 
 @dataclass
@@ -60,11 +64,12 @@ class Rounds:
         if len(typed) > self.plan.seeds:
             raise UserError(f"run.seed has {len(typed)} values; set sweep.max_seeds={len(typed)} or more")
         by_overrides: dict[tuple[str, ...], Contender] = {}
-        for cfg, _, overrides in opened:
+        for composed, (cfg, _, overrides) in zip(self.composed, opened, strict=True):
             without = tuple(one for one in overrides if not one.lstrip("+").startswith("run.seed="))
             choices = {key: word(value) for key, value in config.arm(cfg, overrides).items()}
             label = ", ".join(f"{key}={value}" for key, value in choices.items())
-            by_overrides.setdefault(without, Contender(without, ArmRuns(label, choices, {})))
+            contender = by_overrides.setdefault(without, Contender(without, ArmRuns(label, choices, {})))
+            contender.typed[int(cfg.run.seed)] = composed
         self.contenders = list(by_overrides.values())
         if len(self.contenders) < 2:
             raise UserError(
@@ -87,7 +92,7 @@ class Rounds:
 
     def _train(self, seeds: Sequence[int], train: Callable[[Sequence[DictConfig]], Sequence[Member]]) -> None:
         due = [(contender, seed) for seed in seeds for contender in self.contenders if contender.due]
-        batch = [self.compose([*contender.overrides, f"run.seed={seed}"]) for contender, seed in due]
+        batch = [contender.config(seed, self.compose) for contender, seed in due]
         for (contender, _), member in zip(due, train(batch), strict=True):
             contender.members.append(member)
 

@@ -169,11 +169,10 @@ def test_repeated_looks_at_nothing_are_seldom_wrong_with_the_rule_and_often_with
         noise = random.standard_normal((ARMS + 1, METRICS, 8))
         tables = noise[1:] - noise[0]
         looks: list[Look] = []
-        found: list[Row] = []
         naive = False
         for seeds in plan.looks:
             rows = null_rows(tables, seeds)
-            found, looks = judged_at_look(rows, arms, plan, looks, judge)
+            _, looks = judged_at_look(rows, arms, plan, looks, judge)
             naive = naive or any(row.verdict != "undecided" for row in judge(rows))
         assert len(looks) == 6 and chance(looks) == pytest.approx(LEVEL)
         wrong["rule"] += any(look.verdicts for look in looks)
