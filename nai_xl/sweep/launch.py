@@ -32,6 +32,7 @@ class Sweep:
     module: str
     members: list[Member] = field(default_factory=list)
     tracker: SweepTracker = field(default_factory=SweepTracker)
+    told: list[str] = field(default_factory=list)  # by the tracker, once for all rounds
 
     def launch(
         self, master: DictConfig, composed: Sequence[DictConfig], compose: Compose
@@ -59,6 +60,8 @@ class Sweep:
         members = {member.path: member for member in self.members[before:]}
         missing = sum(member.status != "FINISHED" for member in members.values())
         failure = UserError(f"{missing} of {len(members)} arms failed; the same command again trains only those")
+        if settings.in_rounds and missing:
+            raise failure  # it may be of a seed that Hydra has not composed
         return [outcome(members.get(path_of(one)), failure) for one in composed]
 
     def _train(self, master: DictConfig, composed: Sequence[DictConfig], settings: SweepSettings) -> list[Member]:
@@ -67,7 +70,6 @@ class Sweep:
         members = [member_of(self.module, master, cfg, settings, len(gpus)) for cfg in composed]
         refuse_shared(members)
         distinct = list({member.path: member for member in members}.values())
-        begun = bool(self.members)
         self.members += distinct
         if any(member.status == "not started" for member in distinct):
             lines = self.tracker.begin(
@@ -75,9 +77,10 @@ class Sweep:
                 settings.question or "",
                 settings.varied,
                 settings.metrics,
-                shared=shared_keys(settings, distinct),
+                shared=shared_keys(settings, self.members),
             )
-            show(lines if not begun else [])
+            show([line for line in lines if line not in self.told])
+            self.told += lines
         train(distinct, settings.parallel, gpus)
         return members
 

@@ -137,7 +137,7 @@ def test_seeds_are_added_to_undecided_arms_until_all_are_decided_also_after_an_i
 def test_the_budget_ends_a_sweep_and_a_failed_arm_gets_no_further_seeds(
     folder: Path, sweep: Callable[..., str]
 ) -> None:
-    (folder / "fail").write_text("p2 1")
+    (folder / "fail").write_text("p2 2")
     told = sweep("loss=uniform,edm,p2", "run.seed=0,1", *UNTIL, "sweep.max_seeds=4", status=1)
     assert starts(folder) == {"uniform": 4, "edm": 4, "p2": 3}
     assert "look at 3 of 4 seeds: edm undecided" in told and "p2 no verdict (no further seeds)" in told
