@@ -2,8 +2,8 @@
 
 The level of each look is what a spending function has gained since the look before ([Lan]). By Bonferroni's inequality
 the levels need only add up to LEVEL, whatever the statistic and however the looks depend on each other. Boundaries from
-the joint distribution of the looks would be higher, but that of crossed.Crossed.p is not known. benchmarks/sequential.py
-simulates what this costs: little with three looks, much with eight.
+the joint distribution of the looks would be higher, but that of crossed.Crossed.p is not known.
+benchmarks/sequential.py simulates what this costs: little with three looks, much with eight.
 
 [Lan] Lan and DeMets, Discrete sequential boundaries for clinical trials, Biometrika 70 (1983) 659.
 """

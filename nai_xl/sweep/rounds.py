@@ -88,7 +88,7 @@ class Rounds:
             print(f"look at {look} of {self.plan.seeds} seeds: {self._told(found)}", flush=True)
             if not any(one.due for one in self.contenders):
                 break
-        print(f"report: python -m nai_xl.compare sweep={self.settings.name}", flush=True)
+        print(f"report: python -m nai_xl.compare sweep={self.settings.name} output_dir={self.output_dir}", flush=True)
 
     def _train(self, seeds: Sequence[int], train: Callable[[Sequence[DictConfig]], Sequence[Member]]) -> None:
         due = [(contender, seed) for seed in seeds for contender in self.contenders if contender.due]
