@@ -27,10 +27,12 @@ def judged_at_look(
 ) -> tuple[list[Row], list[Look]]:
     """Rows with verdicts at the level that this look may take, and all looks with this one as the last.
 
-    arms: the baseline first. Without a `plan`, all seeds that are there are taken for the planned ones. What a planned
-    look has decided stands, even if later ones leave it undecided.
+    arms: the baseline first. Without a `plan`, or where more seeds are there than it has, those are taken for the
+    planned ones. What a planned look has decided stands, even if later ones leave it undecided.
     """
-    plan = plan or Plan.of(max(len({*arm.runs, *(run.seed for run in arm.failed)}) for arm in arms))
+    there = max(len({*arm.runs, *(run.seed for run in arm.failed)}) for arm in arms)
+    if plan is None or plan.seeds < there:
+        plan = Plan.of(there, plan.looks if plan else ())
     look = _look(rows, arms, plan, earlier)
     levelled = [replace(row, level=look.arms[row.arm].level) if row.arm in look.arms else row for row in rows]
     found = [_standing(row, look, earlier) for row in judge(levelled)]
