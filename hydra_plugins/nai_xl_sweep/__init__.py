@@ -51,10 +51,14 @@ class ArmsLauncher(BasicLauncher):
         if sweep is None:
             return super().launch(job_overrides, initial_job_idx)
         assert self.config is not None and self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        configs = [loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
+        master, loader = self.config, self.hydra_context.config_loader
+
+        def compose(overrides: Sequence[str]) -> DictConfig:
+            return loader.load_sweep_config(master, list(overrides))
+
+        values = sweep.launch(master, [compose(overrides) for overrides in job_overrides], compose)
         returns: list[JobReturn] = []
-        for overrides, value in zip(job_overrides, sweep.launch(self.config, configs), strict=True):
+        for overrides, value in zip(job_overrides, values, strict=True):
             status = JobStatus.FAILED if isinstance(value, Exception) else JobStatus.COMPLETED
             returns.append(ArmReturn(overrides=overrides, status=status, _return_value=value))
         return returns
@@ -67,11 +71,19 @@ class ArmsSweeper(BasicSweeper):
         self, overrides: Sequence[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
         assert self.config is not None
+        refuse_rounds(self.config)
         arms = listed(OmegaConf.select(self.config, "sweep.arms") or [], overrides)
         rest = [override for override in overrides if not any(_key(override) in arm for arm in arms)]
         (points,) = BasicSweeper.split_arguments(rest, None)
         jobs = [[*as_overrides(arm), *point] for arm in arms or [{}] for point in points]
         return list(BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size))
+
+
+def refuse_rounds(config: DictConfig) -> None:
+    """Raises HydraException where a sweep is to look at its arms and the launcher cannot."""
+    asked = [key for key in ("seeds_until", "prune") if OmegaConf.select(config, f"sweep.{key}")]
+    if asked and config.hydra.launcher._target_ != ArmsLauncherConf._target_:
+        raise HydraException(f"sweep.{asked[0]} is for hydra/launcher=arms; leave one of them out")
 
 
 def listed(arms: Sequence[Mapping[str, Any]], overrides: Sequence[Override]) -> list[dict[str, str]]:
@@ -126,15 +138,28 @@ def _plain(text: str) -> bool:
 
 
 class NameSweep(Callback):
-    """Gives every job of a sweep two overrides, whatever the launcher: the sweep's name and the keys that it varies."""
+    """Gives every job of a sweep these overrides, whatever the launcher: the sweep's name, the keys that it varies, and
+    the number of seeds if it has several.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         overrides = config.hydra.overrides.task
         keys = varied(OmegaConf.select(config, "hydra.sweeper.params") or {}, overrides, config.sweep.arms)
         choices = config.hydra.runtime.choices
         name = config.sweep.name or choices.get("experiment") or "-".join(key for key in keys if key != "run.seed")
+        if config.sweep.seeds_until and "run.seed" not in keys:
+            keys.append("run.seed")
+        seeds = number_of_seeds(OmegaConf.select(config, "hydra.sweeper.params") or {}, overrides)
         with read_write(config), open_dict(config):
             overrides += [f"sweep.name={name or 'seeds'}", f"sweep.varied=[{','.join(keys)}]"]
+            overrides += [f"sweep.seeds={seeds}"] if seeds > 1 else []
+
+
+def number_of_seeds(params: Any, overrides: Sequence[str]) -> int:
+    """How many seeds are listed, by an experiment or on the command line; 1 where none are."""
+    given = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+    parsed = [one for one in OverridesParser.create().parse_overrides(given) if _key(one) == "run.seed"]
+    return len([*parsed[-1].sweep_string_iterator()]) if parsed and parsed[-1].is_discrete_sweep() else 1
 
 
 def varied(params: Any, overrides: Sequence[str], arms: Sequence[Mapping[str, Any]] = ()) -> list[str]:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import sys
 
 from nai_xl import config
+from nai_xl.compare.answered import answered
 from nai_xl.compare.arguments import arguments
-from nai_xl.compare.comparison import compare
 from nai_xl.compare.figures.draw import draw
 from nai_xl.compare.report.delivery import log
 from nai_xl.compare.report.files import write
 from nai_xl.compare.report.screen import show
 from nai_xl.compare.selection import select
-from nai_xl.compare.verdicts import declared, declared_margins
 
 
 def main() -> None:
     with config.mistakes_told():
-        selection = select(arguments(sys.argv[1:], description=str(__doc__)))
-        configs = selection.configs.values()
-        found = compare(selection.runs, selection.question, declared(configs), declared_margins(configs))
-        folder = selection.output_dir / f"compare-{selection.question.name}"
+        request = arguments(sys.argv[1:], description=str(__doc__))
+        selection = select(request)
+        found = answered(selection, recorded=request.of_sweep)
+        folder = selection.folder
         files = write(found, folder, draw(found, selection.configs))
         show(found, files)
         if line := log(found, files):

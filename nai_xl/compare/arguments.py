@@ -23,6 +23,11 @@ class Request:
     directories: Sequence[Path] = ()
     config_dir: Path | None = None
 
+    @property
+    def of_sweep(self) -> bool:
+        """Whether all runs of one sweep are meant, and not a selection of runs."""
+        return not self.directories and "runs" not in self.settings
+
 
 def arguments(argv: Sequence[str], description: str) -> Request:
     """Raises UserError for an unknown setting, and unless exactly one source of runs is named."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from nai_xl.compare.arms import ArmRuns, choose_metrics, find_baseline, group, short_names
 from nai_xl.compare.costs import Cost, Target, cost, images_to_target
+from nai_xl.compare.looks import judged_at_look, told
 from nai_xl.compare.rows import Row, judged, measure
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, different_keys
 from nai_xl.compare.runs.run import Run
+from nai_xl.compare.spending import Plan
 from nai_xl.compare.verdicts import Directions, Margins, declared
 from nai_xl.errors import UserError
+from nai_xl.record.looks import Look
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Question:
     metrics: Sequence[str] = ()  # empty: all that evaluators measured
     equivalence: str = ""  # "2%", or in the metrics' units; empty: what the metrics declare
     detect: str = ""  # a difference such as "1%", of which the report says how many seeds it takes
+    plan: Plan | None = None  # how many seeds, and after how many they are judged; None: those that are there, once
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Comparison:
     rows: Sequence[Row]
     directions: Directions  # which values of the metrics are better
     notes: Sequence[str] = field(default_factory=tuple)
+    looks: Sequence[Look] = ()  # at the sweep, the present one last; empty if they are not recorded
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -73,13 +79,18 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run], asked: Question, directions: Directions | None = None, margins: Margins | None = None
+    runs: Sequence[Run],
+    asked: Question,
+    directions: Directions | None = None,
+    margins: Margins | None = None,
+    looks: Sequence[Look] | None = None,
 ) -> Comparison:
     """Compare the arms of `runs` with the baseline.
 
     `directions` and `margins`: from verdicts.declared and declared_margins; without them, those of the project's own
-    evaluators. Raises UserError when
-    there is nothing to compare: one arm, an unknown baseline, no metric in common.
+    evaluators. `looks`: the earlier ones at this sweep, to which this one is added; None: it is judged by itself.
+
+    Raises UserError when there is nothing to compare: one arm, an unknown baseline, no metric in common.
     """
     directions = declared(()) if directions is None else directions
     arms, notes = group(runs)
@@ -95,5 +106,9 @@ def compare(
     metrics, absent = choose_metrics(arms, asked.metrics)
     notes = [*notes, *(f"{metric} was measured in no run" for metric in absent)]
     rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]
-    rows = judged(rows, directions, margins, asked.equivalence)
-    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes)
+    judge = functools.partial(judged, directions=directions, margins=margins, equivalence=asked.equivalence)
+    if looks is None:
+        return Comparison(asked, baseline.label, arms, metrics, judge(rows), directions, notes)
+    rows, looks = judged_at_look(rows, arms, asked.plan, looks, judge)
+    notes = [*notes, *told(looks, short_names(arms))]
+    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes, looks)

@@ -53,12 +53,19 @@ class Row:
     step: int | None = None
     images: float | None = None
     broken: str = ""  # why there is no verdict although there is a difference
+    level: float = LEVEL  # which one of several looks may take; p_holm and p_equal are adjusted for that too
     notes: Sequence[str] = ()
 
     @property
     def percent(self) -> float | None:
         """The difference in per cent of the baseline's mean."""
         return None if self.effect is None else self.in_percent(self.effect.difference)
+
+    @property
+    def tested(self) -> bool:
+        """Whether there is enough to test a claim."""
+        e = self.effect
+        return e is not None and e.p is not None and e.seeds >= LEAST_SEEDS and not self.broken
 
     def in_percent(self, difference: float) -> float | None:
         return 100 * difference / abs(self.baseline_mean) if self.baseline_mean else None
@@ -218,13 +225,15 @@ def judged(
 
 
 def _claims(place: int, row: Row) -> Iterator[tuple[int, str, float]]:
-    """The claims about a row that are tested, with their p; none where it cannot be judged."""
-    e = row.effect
-    if e is None or e.p is None or e.seeds < LEAST_SEEDS or row.broken:
+    """The claims about a row that are tested, with their p, of which 0.05 is the row's level; none where it cannot be
+    judged.
+    """
+    e, times = row.effect, LEVEL / row.level
+    if e is None or e.p is None or not row.tested:
         return
-    yield place, "different", e.p
+    yield place, "different", min(e.p * times, 1.0)
     if (margin := row.tested_margin) is not None and (p := e.equal_p(margin)) is not None:
-        yield place, "equal", p
+        yield place, "equal", min(p * times, 1.0)
 
 
 def _margin(row: Row, directions: Directions | None, margins: Margins | None) -> str | None:

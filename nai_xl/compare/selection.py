@@ -16,6 +16,7 @@ from nai_xl.compare.runs.directory import read_directory, sweep_directories
 from nai_xl.compare.runs.from_mlflow import read_mlflow, search_mlflow
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences, varied_only
 from nai_xl.compare.runs.run import Run
+from nai_xl.compare.spending import plan_of
 from nai_xl.errors import UserError
 from nai_xl.record.config import read_config, read_params
 from nai_xl.tracker.mlflow.delivery import Progress
@@ -30,6 +31,11 @@ class Selection:
     question: Question
     output_dir: Path
     configs: Mapping[str, DictConfig] = field(default_factory=dict)  # run name -> its config
+
+    @property
+    def folder(self) -> Path:
+        """Where the report and the record of looks are written."""
+        return self.output_dir / f"compare-{self.question.name}"
 
 
 def select(request: Request) -> Selection:
@@ -138,4 +144,5 @@ def _question(cfg: DictConfig, name: str) -> Question:
         baseline=str(node.get("baseline") or ""),
         metrics=tuple(map(str, node.get("metrics") or ())),
         equivalence=str(node.get("equivalence") or ""),
+        plan=plan_of(node),
     )

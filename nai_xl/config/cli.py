@@ -32,7 +32,9 @@ MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 class SweepOfArms(Protocol):
     """How a program trains the arms of a sweep in processes of their own, and tells what became of them."""
 
-    def launch(self, master: DictConfig, composed: Sequence[DictConfig]) -> list[float | UserError | None]: ...
+    def launch(
+        self, master: DictConfig, composed: Sequence[DictConfig], compose: Callable[[Sequence[str]], DictConfig]
+    ) -> list[float | UserError | None]: ...
     def tell(self) -> None: ...
 
 

@@ -19,7 +19,7 @@ from nai_xl.record.arm import Status, arm_so_far
 from nai_xl.record.metrics import last_step, last_value, objective
 from nai_xl.sweep.board import Board, print_table, tail
 from nai_xl.sweep.machine import slots, visible_gpus
-from nai_xl.sweep.member import Member, member_of, refuse_shared
+from nai_xl.sweep.member import Compose, Member, member_of, path_of, refuse_shared
 from nai_xl.sweep.processes import Running, run_all, why
 from nai_xl.sweep.settings import SweepSettings
 from nai_xl.tracker.sweep import SweepTracker
@@ -32,10 +32,14 @@ class Sweep:
     module: str
     members: list[Member] = field(default_factory=list)
     tracker: SweepTracker = field(default_factory=SweepTracker)
+    told: list[str] = field(default_factory=list)  # by the tracker, once for all rounds
 
-    def launch(self, master: DictConfig, composed: Sequence[DictConfig]) -> list[float | UserError | None]:
+    def launch(
+        self, master: DictConfig, composed: Sequence[DictConfig], compose: Compose
+    ) -> list[float | UserError | None]:
         """Train the arms that Hydra composed under `master`, except the finished ones. Returns the objective of each,
-        or its failure.
+        or its failure; None for an arm that was decided before this seed's turn. `compose` makes the configs of further
+        seeds.
 
         Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, once the arms under way have saved their state, and
         UserError for a mistake that all of them share.
@@ -46,6 +50,22 @@ class Sweep:
         config.check(common, only=["sweep", "tracker"])
         settings: SweepSettings = config.build(common.sweep)
         self.tracker = sweep_tracker(common)
+        before = len(self.members)
+        if settings.in_rounds:
+            from nai_xl.sweep.rounds import Rounds  # with scipy, which takes each arm a second to import
+
+            Rounds(composed, settings, compose).run(lambda batch: self._train(master, batch, settings))
+        else:
+            self._train(master, composed, settings)
+        members = {member.path: member for member in self.members[before:]}
+        missing = sum(member.status != "FINISHED" for member in members.values())
+        failure = UserError(f"{missing} of {len(members)} arms failed; the same command again trains only those")
+        if settings.in_rounds and missing:
+            raise failure  # it may be of a seed that Hydra has not composed
+        return [outcome(members.get(path_of(one)), failure) for one in composed]
+
+    def _train(self, master: DictConfig, composed: Sequence[DictConfig], settings: SweepSettings) -> list[Member]:
+        """Train these arms, except the finished ones, and return them."""
         gpus = visible_gpus()
         members = [member_of(self.module, master, cfg, settings, len(gpus)) for cfg in composed]
         refuse_shared(members)
@@ -57,14 +77,12 @@ class Sweep:
                 settings.question or "",
                 settings.varied,
                 settings.metrics,
-                shared=shared_keys(settings, distinct),
+                shared=shared_keys(settings, self.members),
             )
-            show(lines)
+            show([line for line in lines if line not in self.told])
+            self.told += lines
         train(distinct, settings.parallel, gpus)
-        missing = sum(member.status != "FINISHED" for member in distinct)
-        failure = UserError(f"{missing} of {len(distinct)} arms failed; the same command again trains only those")
-        status = {member.path: member.status for member in distinct}
-        return [objective(one.path) if status[one.path] == "FINISHED" else failure for one in members]
+        return members
 
     def tell(self) -> None:
         """Print the table of all arms so far; nothing outside of a sweep."""
@@ -74,6 +92,13 @@ class Sweep:
             title = f"sweep {asked.name}" + (f": {asked.question}" if asked.question else "")
             print_table(title, [member.row() for member in members])
             show(self.tracker.end([member.path for member in members]))
+
+
+def outcome(member: Member | None, failure: UserError) -> float | UserError | None:
+    """What Hydra is told of an arm."""
+    if member is None:
+        return None
+    return objective(member.path) if member.status == "FINISHED" else failure
 
 
 def show(lines: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.board import Row
 from nai_xl.sweep.processes import Program
 from nai_xl.sweep.settings import SweepSettings
+
+Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> an arm's config, as Hydra's sweeper has it
 
 # Hydra's own overrides that are for the sweep and not for its arms
 SWEEP_ONLY = ("hydra.mode=", "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.")
@@ -80,6 +82,12 @@ def member_of(module: str, master: DictConfig, composed: DictConfig, settings: S
     member.command = [*started_by(member.processes), module, *hydra_flags(master), *overrides]
     member.command += ["hydra.mode=RUN"] if choices.get("experiment") else []
     return member
+
+
+def path_of(composed: DictConfig) -> Path:
+    """The run directory of an arm that Hydra composed."""
+    cfg, choices, _ = config.opened(composed)
+    return config.run_dir(cfg, choices)
 
 
 def arm_of(cfg: DictConfig, arm: Mapping[str, object]) -> Arm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
@@ -14,6 +14,7 @@ from nai_xl.compare.verdicts import parse_margin
 from nai_xl.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
+Look = Annotated[int, Field(ge=3)]  # compare.rows.LEAST_SEEDS
 
 
 def _margin(text: str) -> str:
@@ -31,6 +32,10 @@ class SweepSettings:
     sweep that is no full grid, the keys and values of each arm; what else is swept multiplies them. varied: the swept
     keys, filled in by Hydra. parallel: how many arms this machine trains at a time. processes: of each arm, one on
     each GPU; null is the arm's share of the GPUs, or 1 where distributed=none.
+
+    seeds: how many each arm is to have, filled in by Hydra. looks: after how many of them the arms are compared, beside
+    all of them. seeds_until: "decided" adds seeds to the arms that are undecided, max_seeds at most, with a look after
+    each. prune: an arm that a look finds worse gets no further seeds.
     """
 
     changes_weights: ClassVar[bool] = False
@@ -44,6 +49,16 @@ class SweepSettings:
     varied: Sequence[str] = ()
     parallel: Count = 1
     processes: Count | None = None
+    seeds: Count | None = None
+    looks: Sequence[Look] = ()
+    seeds_until: Literal["decided"] | None = None
+    max_seeds: Count = 10
+    prune: bool = False
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether looks decide which arms get further seeds."""
+        return self.prune or self.seeds_until is not None
 
     def processes_of(self, cfg: DictConfig, gpus: int) -> int:
         """How many processes train an arm of this config. Raises UserError for more than it or the machine can have."""
