@@ -20,6 +20,8 @@ from scipy import special
 from nai_xl.compare.crossed import LEVEL
 from nai_xl.compare.rows import LEAST_SEEDS
 
+LOOKS = (3, 6)  # where none are named: a look after every seed would cost much power (docs/compare.md)
+
 DECIDED = "decided"  # of sweep.seeds_until
 
 
@@ -62,5 +64,5 @@ def plan_of(node: Mapping[str, Any]) -> Plan | None:
     seeds = node.get("max_seeds") if by_rounds else node.get("seeds")
     if not seeds:
         return None
-    every = range(LEAST_SEEDS, int(seeds)) if by_rounds or node.get("prune") else ()
-    return Plan.of(int(seeds), node.get("looks") or every)
+    unsaid = LOOKS if by_rounds or node.get("prune") else ()
+    return Plan.of(int(seeds), node.get("looks") or unsaid)

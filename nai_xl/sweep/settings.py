@@ -34,8 +34,8 @@ class SweepSettings:
     each GPU; null is the arm's share of the GPUs, or 1 where distributed=none.
 
     seeds: how many each arm is to have, filled in by Hydra. looks: after how many of them the arms are compared, beside
-    all of them. seeds_until: "decided" adds seeds to the arms that are undecided, max_seeds at most, with a look after
-    each. prune: an arm that a look finds worse gets no further seeds.
+    all of them. seeds_until: "decided" adds seeds to the arms that are undecided, max_seeds at most, with looks
+    after 3, 6 and all of them where none are named. prune: an arm that a look finds worse gets no further seeds.
     """
 
     changes_weights: ClassVar[bool] = False

@@ -46,9 +46,10 @@ def test_the_settings_of_a_sweep_are_its_plan() -> None:
     assert plan_of({}) is None and plan_of({"seeds": None, "looks": [3]}) is None
     assert plan_of({"seeds": 5}) == Plan(5, (5,)) and Plan(5, (5,)).levels == {5: pytest.approx(LEVEL)}
     assert plan_of({"seeds": 5, "looks": [3, 9]}) == Plan(5, (3, 5))
-    assert plan_of({"seeds": 5, "prune": True}) == Plan(5, (3, 4, 5))
+    assert plan_of({"seeds": 5, "prune": True}) == Plan(5, (3, 5))
     until = {"seeds": 3, "seeds_until": "decided", "max_seeds": 6}
-    assert plan_of(until) == Plan(6, (3, 4, 5, 6)) and plan_of({**until, "looks": [4]}) == Plan(6, (4, 6))
+    assert plan_of({**until, "max_seeds": 10}) == Plan(10, (3, 6, 10))
+    assert plan_of(until) == Plan(6, (3, 6)) and plan_of({**until, "looks": [4]}) == Plan(6, (4, 6))
 
 
 # --- looks at runs ----------------------------------------------------------------------------------------------------

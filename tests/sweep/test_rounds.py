@@ -98,7 +98,7 @@ def starts(folder: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in (folder / "starts.txt").read_text().splitlines())
 
 
-UNTIL = ("sweep.seeds_until=decided", "sweep.max_seeds=5", "sweep.parallel=3")
+UNTIL = ("sweep.seeds_until=decided", "sweep.max_seeds=5", "sweep.looks=[3,4]", "sweep.parallel=3")
 
 
 def test_seeds_are_added_to_undecided_arms_until_all_are_decided_also_after_an_interruption(
