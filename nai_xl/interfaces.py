@@ -57,11 +57,15 @@ Precision = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True, slots=True)
 class NoiseLevel:
-    """alpha^2 + sigma^2 = 1, all [B]. The ratio sigma/alpha is not kept: it is infinite at zero terminal SNR."""
+    """alpha^2 + sigma^2 = 1, all [B]. The ratio sigma/alpha is not kept: it is infinite at zero terminal SNR.
+
+    timesteps: the length of the schedule that t is a place in; None if there is no such table.
+    """
 
     t: Tensor
     alpha: Tensor
     sigma: Tensor
+    timesteps: int | None = None
 
     @property
     def snr(self) -> Tensor:
