@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,10 @@ class ArmRuns:
 
 
 def group(runs: Sequence[Run]) -> tuple[list[ArmRuns], list[str]]:
-    """Arms in the natural order of their labels, and notes on the runs that are left out.
+    """Arms in the order in which their sweep was typed, and notes on the runs that are left out.
 
-    Of several runs with one arm and seed, the last counts.
+    Arms whose place is not known come last, in the natural order of their labels. Of several runs with one arm and
+    seed, the last counts.
     """
     by_arm: dict[str, dict[int, Run]] = {}
     notes = []
@@ -44,12 +46,17 @@ def group(runs: Sequence[Run]) -> tuple[list[ArmRuns], list[str]]:
             notes.append(f"{run.label} has seed {run.seed} twice: {run.name} counts, {before.name} is left out")
         seeds[run.seed] = run
     arms = []
-    for label in sorted(by_arm, key=_natural):
+    for label in sorted(by_arm, key=lambda label: (_place([*by_arm[label].values()]), _natural(label))):
         seeds = dict(sorted(by_arm[label].items()))
         whole = {seed: run for seed, run in seeds.items() if not run.failed}
         failed = [run for run in seeds.values() if run.failed]
         arms.append(ArmRuns(label, next(iter(seeds.values())).arm, whole, failed))
     return arms, notes
+
+
+def _place(runs: Sequence[Run]) -> float:
+    """The first place that a run of the arm has."""
+    return min((run.place for run in runs if run.place is not None), default=math.inf)
 
 
 def _natural(label: str) -> list[tuple[bool, float, str]]:

@@ -85,7 +85,7 @@ def compare(
     baseline = find_baseline(arms, asked.baseline)
     arms = [baseline, *(arm for arm in arms if arm is not baseline)]
     if not asked.baseline:
-        notes = [*notes, f"no baseline was named, so {baseline.label} is it; baseline=ARM names another"]
+        notes = [*notes, f"no baseline was named, so the first arm, {baseline.label}, is it; baseline=ARM names another"]
     metrics, absent = choose_metrics(arms, asked.metrics)
     notes = [*notes, *(f"{metric} was measured in no run" for metric in absent)]
     rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]

@@ -47,7 +47,10 @@ class Sweep:
         settings: SweepSettings = config.build(common.sweep)
         self.tracker = sweep_tracker(common)
         gpus = visible_gpus()
-        members = [member_of(self.module, master, cfg, settings, len(gpus)) for cfg in composed]
+        members = [
+            member_of(self.module, master, cfg, settings, len(gpus), place=place)
+            for place, cfg in enumerate(composed, start=len(self.members))
+        ]
         refuse_shared(members)
         distinct = list({member.path: member for member in members}.values())
         self.members += distinct

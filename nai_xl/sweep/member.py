@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -57,13 +57,15 @@ class Member:
         return Row(self.name, self.status, steps, seconds, loss, self.path, self.error, again)
 
 
-def member_of(module: str, master: DictConfig, composed: DictConfig, settings: SweepSettings, gpus: int) -> Member:
+def member_of(
+    module: str, master: DictConfig, composed: DictConfig, settings: SweepSettings, gpus: int, *, place: int
+) -> Member:
     """The arm that Hydra composed under `master`, to be trained by `python -m module`. It is FINISHED or FAILED already
-    where it has been trained as long as asked for, or its config is refused.
+    where it has been trained as long as asked for, or its config is refused. place: among the sweep's arms, as typed.
     """
     cfg, choices, overrides = config.opened(composed)
     home = RunDirectory(config.run_dir(cfg, choices))
-    member = Member(cfg, ArmRecord(home, arm_of(cfg, config.arm(cfg, overrides))))
+    member = Member(cfg, ArmRecord(home, replace(arm_of(cfg, config.arm(cfg, overrides)), place=place)))
     found = arm_so_far(home.path)
     run = cfg.run
     if found and home.pipeline.is_dir() and found.finished(max_images=run.max_images, epochs=run.epochs):
@@ -77,14 +79,16 @@ def member_of(module: str, master: DictConfig, composed: DictConfig, settings: S
         member.status, member.error = "FAILED", one_line(error)
         member.record.end("FAILED", member.error)
         print(f"error: {member.name}: {member.error}", file=sys.stderr)
-    member.command = [*started_by(member.processes), module, *hydra_flags(master), *overrides]
+    member.command = [*started_by(member.processes), module, *hydra_flags(master), *overrides, f"sweep.place={place}"]
     member.command += ["hydra.mode=RUN"] if choices.get("experiment") else []
     return member
 
 
 def arm_of(cfg: DictConfig, arm: Mapping[str, object]) -> Arm:
     """The arm that a config describes, as its arm.json begins."""
-    return Arm(cfg.sweep.name, dict(arm), cfg.run.seed, config.signature(cfg), epochs=cfg.run.epochs)
+    asked = cfg.sweep
+    signature = config.signature(cfg)
+    return Arm(asked.name, dict(arm), cfg.run.seed, signature, epochs=cfg.run.epochs, place=asked.place)
 
 
 def started_by(processes: int) -> list[str]:

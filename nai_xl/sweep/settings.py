@@ -21,7 +21,8 @@ class SweepSettings:
 
     name: null is the experiment's name, or else the swept keys. baseline: the arm that others are compared with, such
     as "schedule=ztsnr,loss=uniform". metrics: what they are compared by. arms: for a sweep that is no full grid, the
-    keys and values of each arm; what else is swept multiplies them. varied: the swept keys, filled in by Hydra.
+    keys and values of each arm; what else is swept multiplies them. varied: the swept keys, filled in by Hydra. place:
+    of an arm, its place among those that were typed, filled in by the sweep.
     parallel: how many arms this machine trains at a time. processes: of each arm, one on each GPU; null is the arm's
     share of the GPUs, or 1 where distributed=none.
     """
@@ -34,6 +35,7 @@ class SweepSettings:
     metrics: Sequence[str] = ()
     arms: Sequence[Mapping[str, Any]] = ()
     varied: Sequence[str] = ()
+    place: int | None = None
     parallel: Count = 1
     processes: Count | None = None
 

@@ -275,6 +275,20 @@ def test_arms_stand_in_natural_order_under_short_names() -> None:
     assert names({"a": "x", "ema": "none"}, {"a": "y", "ema": "standard"}) == ["x + ema=none", "y + standard"]
 
 
+def test_without_a_named_baseline_it_is_the_first_arm_as_typed(tmp_path: Path) -> None:
+    """Not the first by alphabet; runs of before places were noted stand in the order of their names."""
+    for place, loss in enumerate(("uniform", "minsnr", "edm")):
+        for seed in range(2):
+            path = write_run(tmp_path, {"loss": loss}, seed, effect={"val/loss": 0.1})
+            arm = json.loads((path / "arm.json").read_text())
+            places = {"choices": 2 * place + seed}
+            (path / "arm.json").write_text(json.dumps(arm if loss == "edm" else {**arm, "places": places}))
+    runs = [read_directory(path, {}, "choices") for path in sorted(tmp_path.iterdir())]
+    found = compare(runs, Question("choices"))
+    assert found.baseline == "loss=uniform" and list(found.names.values()) == ["uniform", "minsnr", "edm"]
+    assert any("no baseline was named, so the first arm, loss=uniform, is it" in note for note in found.notes)
+
+
 def test_markdown_is_a_table_of_every_row(found: Comparison) -> None:
     assert markdown(found).count("\n| ") == 1 + len(found.rows)
 

@@ -178,6 +178,9 @@ def test_arms_that_are_listed_one_by_one_are_trained_with_every_seed(
     found = [read_arm(path.parent) for path in (folder / "outputs").glob("*/arm.json")]
     names = ["loss=minsnr,loss.gamma=1", "loss=minsnr,loss.gamma=20", "loss=uniform"]
     assert sorted((arm.label, arm.seed) for arm in found if arm) == [(name, i) for name in names for i in (0, 1)]
+    assert [arm.label for arm in sorted(found, key=lambda arm: arm.places[arm.sweep])][::2] == [  # type: ignore
+        "loss=uniform", "loss=minsnr,loss.gamma=1", "loss=minsnr,loss.gamma=20",
+    ]  # fmt: skip  # as typed, although the second was trained first
     assert {(arm.sweep, arm.status) for arm in found if arm} == {("loss-loss.gamma", "FINISHED")}
     assert sweep(monkeypatch, *command, "loss=p2") == 1
     assert "error: loss=p2: no arm of sweep.arms has that; there is uniform, minsnr" in capsys.readouterr().err
