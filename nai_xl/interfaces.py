@@ -259,6 +259,10 @@ class Evaluator(Protocol):
     baseline, or "0.1" in the metric's units. A comparison says "equal within 2 %" where it is sure of that. A positive
     error without an entry has 2 %, any other metric without an entry has none.
 
+    incomparable_over: the settings over which a metric keeps no meaning, by the beginning of the metrics' names too:
+    {"mine/": ("schedule", "objective.micro_conditioning")}. Where arms differ in one of them, a comparison leaves the
+    metric out unless it is named. A metric without an entry can be compared between any arms.
+
     changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
     their evaluators alone are one run.
 
@@ -267,6 +271,7 @@ class Evaluator(Protocol):
 
     better: ClassVar[Mapping[str, Direction]]
     equal_within: ClassVar[Mapping[str, str]]
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]]
     changes_weights: ClassVar[bool]
     every: int
     looks_at: ClassVar[str]

@@ -16,13 +16,18 @@ from nai_xl.compare.report.delivery import log
 from nai_xl.compare.report.files import write
 from nai_xl.compare.report.screen import show
 from nai_xl.compare.selection import select
-from nai_xl.compare.verdicts import declared
+from nai_xl.compare.verdicts import declared, declared_scopes
 
 
 def main() -> None:
     with config.mistakes_told():
         selection = select(arguments(sys.argv[1:], description=str(__doc__)))
-        found = compare(selection.runs, selection.question, declared(selection.configs.values()))
+        found = compare(
+            selection.runs,
+            selection.question,
+            declared(selection.configs.values()),
+            scopes=declared_scopes(selection.configs.values()),
+        )
         folder = selection.output_dir / f"compare-{selection.question.name}"
         files = write(found, folder, draw(found, selection.configs))
         show(found, files)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nai_xl.compare.arms import ArmRuns, choose_metrics, find_baseline, group, short_names
-from nai_xl.compare.costs import Cost, Target, cost, images_to_target
+from nai_xl.compare.comparable import hindrances, plan_note, settings, varied
+from nai_xl.compare.costs import TARGET_METRIC, Cost, Target, cost, images_to_target
+from nai_xl.compare.question import Question
 from nai_xl.compare.rows import Row, judged, measure
-from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, different_keys
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import Directions, Margins, declared
+from nai_xl.compare.verdicts import Directions, Margins, Scopes, better_direction, declared
 from nai_xl.errors import UserError
 
-
-@dataclass(frozen=True)
-class Question:
-    """What a sweep asks: from the node `sweep` of its experiment."""
-
-    name: str
-    question: str = ""
-    baseline: str = ""  # 'schedule=ztsnr,loss=minsnr'; empty: the first arm
-    metrics: Sequence[str] = ()  # empty: all that evaluators measured
-    equivalence: str = ""  # "2%", or in the metrics' units; empty: what the metrics declare
+NEITHER = "no direction of it is declared good"
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,7 @@ class Comparison:
     rows: Sequence[Row]
     directions: Directions  # which values of the metrics are better
     notes: Sequence[str] = field(default_factory=tuple)
+    scopes: Scopes | None = None  # settings over which metrics keep no meaning
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -45,7 +38,9 @@ class Comparison:
 
     @cached_property
     def targets(self) -> list[Target]:
-        """Empty if no validation loss was measured."""
+        """Empty if no validation loss was measured, or if it keeps no meaning between these arms and was not named."""
+        if TARGET_METRIC not in self.asked.metrics and hindrances(TARGET_METRIC, varied(self.arms), self.scopes):
+            return []
         found = (images_to_target(arm, self.arms[0], self.directions) for arm in self.arms[1:])
         return [target for target in found if target is not None]
 
@@ -56,24 +51,24 @@ class Comparison:
     @cached_property
     def differences(self) -> dict[str, list[object]]:
         """config key -> its value in each arm, for the keys that arms differ in."""
-        firsts = [arm.first for arm in self.arms if arm.first is not None]
-        configs = [run.config for run in firsts]
-        keys = [key for key in different_keys(configs) if not key.startswith(NOT_OF_THE_METHOD)]
-        keys = [key for key in keys if [config.get(key) for config in configs] != [run.seed for run in firsts]]
-        return {key: [config.get(key) for config in configs] for key in keys}
+        return settings(self.arms)
 
     def of(self, metric: str) -> list[Row]:
         return [row for row in self.rows if row.metric == metric]
 
 
 def compare(
-    runs: Sequence[Run], asked: Question, directions: Directions | None = None, margins: Margins | None = None
+    runs: Sequence[Run],
+    asked: Question,
+    directions: Directions | None = None,
+    margins: Margins | None = None,
+    scopes: Scopes | None = None,
 ) -> Comparison:
     """Compare the arms of `runs` with the baseline.
 
-    `directions` and `margins`: from verdicts.declared and declared_margins; without them, those of the project's own
-    evaluators. Raises UserError when
-    there is nothing to compare: one arm, an unknown baseline, no metric in common.
+    `directions`, `margins` and `scopes`: from verdicts.declared, declared_margins and declared_scopes; without them,
+    those of the project's own evaluators. Raises UserError when there is nothing to compare: one arm, an unknown
+    baseline, no metric in common.
     """
     directions = declared(()) if directions is None else directions
     arms, notes = group(runs)
@@ -85,9 +80,18 @@ def compare(
     baseline = find_baseline(arms, asked.baseline)
     arms = [baseline, *(arm for arm in arms if arm is not baseline)]
     if not asked.baseline:
-        notes = [*notes, f"no baseline was named, so the first arm, {baseline.label}, is it; baseline=ARM names another"]
-    metrics, absent = choose_metrics(arms, asked.metrics)
-    notes = [*notes, *(f"{metric} was measured in no run" for metric in absent)]
+        notes = [
+            *notes,
+            f"no baseline was named, so the first arm, {baseline.label}, is it; baseline=ARM names another",
+        ]
+    keys = varied(arms)
+    metrics, remarks = choose_metrics(arms, asked.metrics, lambda metric: hindrances(metric, keys, scopes))
+    notes = [*notes, *remarks, *plan_note(keys)]
     rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]
+    if not asked.metrics:  # what nobody asked for costs no verdict its certainty unless it can be better or worse
+        rows = [
+            row if better_direction(row.metric, directions) else replace(row, broken=row.broken or NEITHER)
+            for row in rows
+        ]
     rows = judged(rows, directions, margins, asked.equivalence)
-    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes)
+    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes, scopes)

@@ -18,7 +18,7 @@ from nai_xl.diffusion.timesteps import density
 
 # The mean of a 128 x 128 latent (1024 x 1024 pixels) has 1/128 of a pixel's noise. From here on that is more than the
 # data's own deviation, so that the mean brightness is lost as well; SDXL's 14.6 leaves it readable to 0.11. A smaller
-# canvas loses its mean in proportion sooner: at 64 x 64 pixels from 8 on, where experiments/ztsnr shows no need for more.
+# canvas loses its mean in proportion sooner: at 64 x 64 pixels from 8 on (experiments/ztsnr).
 SDXL_EDGE, PURE_NOISE = 1024, 128.0
 LITTLE = 0.02  # of the loss weight for a fifth of the timesteps: a tenth of an even share
 

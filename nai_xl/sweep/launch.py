@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
+from nai_xl.compare.comparable import leading
 from nai_xl.engine.loop import Stop
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Status, arm_so_far
@@ -31,6 +32,7 @@ class Sweep:
 
     module: str
     members: list[Member] = field(default_factory=list)
+    metrics: Sequence[str] = ()  # what the arms are compared by, the first of them in the table
     tracker: SweepTracker = field(default_factory=SweepTracker)
 
     def launch(self, master: DictConfig, composed: Sequence[DictConfig]) -> list[float | UserError | None]:
@@ -52,6 +54,7 @@ class Sweep:
             for place, cfg in enumerate(composed, start=len(self.members))
         ]
         refuse_shared(members)
+        self.metrics = settings.metrics or leading(common, settings.varied)
         distinct = list({member.path: member for member in members}.values())
         self.members += distinct
         if any(member.status == "not started" for member in distinct):
@@ -59,11 +62,11 @@ class Sweep:
                 str(settings.name),
                 settings.question or "",
                 settings.varied,
-                settings.metrics,
+                self.metrics,
                 shared=shared_keys(settings, distinct),
             )
             show(lines)
-        train(distinct, settings.parallel, gpus)
+        train(distinct, settings.parallel, gpus, next(iter(self.metrics), None))
         missing = sum(member.status != "FINISHED" for member in distinct)
         failure = UserError(f"{missing} of {len(distinct)} arms failed; the same command again trains only those")
         status = {member.path: member.status for member in distinct}
@@ -75,7 +78,8 @@ class Sweep:
         if members:
             asked = members[0].cfg.sweep
             title = f"sweep {asked.name}" + (f": {asked.question}" if asked.question else "")
-            print_table(title, [member.row() for member in members])
+            metric = next(iter(self.metrics), None)
+            print_table(title, [member.row(metric) for member in members], metric)
             show(self.tracker.end([member.path for member in members]))
 
 
@@ -104,13 +108,15 @@ def shared_keys(settings: SweepSettings, members: Sequence[Member]) -> list[str]
     return [key for key in keys if all(OmegaConf.select(member.cfg, key) is not None for member in members)]
 
 
-def train(members: Sequence[Member], parallel: int, gpus: Sequence[str]) -> None:
-    """Train the arms that are not started, `parallel` at a time. Raises KeyboardInterrupt when asked to stop."""
+def train(members: Sequence[Member], parallel: int, gpus: Sequence[str], metric: str | None) -> None:
+    """Train the arms that are not started, `parallel` at a time, and tell the `metric` of each. Raises
+    KeyboardInterrupt when asked to stop.
+    """
     due = [member for member in members if member.status == "not started"]
     processes = max((member.processes for member in due), default=1)
     environments = slots(parallel, processes, gpus, len(os.sched_getaffinity(0)))
     with Stop() as stop, Board() as board:
-        watching = Watching(board, members, due, stop)
+        watching = Watching(board, members, due, stop, metric)
         programs = [member.program() for member in due]
         run_all(programs, environments, stop, begun=watching.begun, ended=watching.ended, watch=watching.watch)
     if stop.asked:
@@ -125,6 +131,7 @@ class Watching:
     members: Sequence[Member]
     due: Sequence[Member]
     stop: Stop
+    metric: str | None = None
     told: bool = False
 
     def __post_init__(self) -> None:
@@ -146,8 +153,8 @@ class Watching:
             member.status, member.error = found.status, found.error
         else:
             self._record_end(member, running, code)
-        loss = last_value(member.path, "train/loss")
-        how = f": {member.error}" if member.error else "" if loss is None else f", train/loss {loss:.4f}"
+        value = last_value(member.path, self.metric) if self.metric else None
+        how = f": {member.error}" if member.error else "" if value is None else f", {self.metric} {value:.4f}"
         self._say(member, f"{member.status} after {running.seconds:.0f} s{how}")
 
     def _record_end(self, member: Member, running: Running, code: int) -> None:

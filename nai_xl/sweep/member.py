@@ -47,14 +47,14 @@ class Member:
     def program(self) -> Program:
         return Program(self.command, self.record.home.log, workers=self.processes > 1)
 
-    def row(self) -> Row:
-        """The arm's line in the table of the sweep."""
+    def row(self, metric: str | None) -> Row:
+        """The arm's line in the table of the sweep, with the last value of a metric."""
         arm = arm_so_far(self.path) if self.status != "not started" else None
         steps, seconds = (arm.steps, arm.seconds) if arm else (0, 0.0)
-        loss = last_value(self.path, "train/loss") if arm else None
+        value = last_value(self.path, metric) if arm and metric else None
         # `python` is what a person types for this program's own, in the environment that is active
         again = shlex.join("python" if part == sys.executable else part for part in self.command)
-        return Row(self.name, self.status, steps, seconds, loss, self.path, self.error, again)
+        return Row(self.name, self.status, steps, seconds, value, self.path, self.error, again)
 
 
 def member_of(

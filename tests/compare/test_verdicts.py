@@ -9,7 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
-from nai_xl.compare.comparison import Question, compare
+from nai_xl.compare.comparison import compare
+from nai_xl.compare.question import Question
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.verdicts import (
     Claims,
@@ -141,7 +142,9 @@ def test_a_plug_in_declares_its_own_directions(plugin: str) -> None:
         for seed in range(3)
     ]
     assert compare(runs, Question("x", baseline="loss=a"), directions).rows[0].verdict == "better"
-    assert compare(runs, Question("x", baseline="loss=a")).rows[0].verdict == "higher"
+    assert compare(runs, Question("x", "", "loss=a", ["sharp/edges"])).rows[0].verdict == "higher"
+    (unasked,) = compare(runs, Question("x", baseline="loss=a")).rows  # shown, but no share of the adjustment
+    assert unasked.verdict == "no verdict" and unasked.effect is not None and unasked.p_holm is None
 
 
 def test_an_evaluator_that_is_not_here_or_declares_nothing_is_no_obstacle(plugin: str) -> None:
