@@ -9,6 +9,7 @@ from functools import cached_property
 from nai_xl.compare.arms import ArmRuns, choose_metrics, find_baseline, group, short_names
 from nai_xl.compare.comparable import hindrances, plan_note, settings, varied
 from nai_xl.compare.costs import TARGET_METRIC, Cost, Target, cost, images_to_target
+from nai_xl.compare.factorial import Contrast, contrasts
 from nai_xl.compare.question import Question
 from nai_xl.compare.rows import Row, judged, measure
 from nai_xl.compare.runs.run import Run
@@ -43,6 +44,12 @@ class Comparison:
             return []
         found = (images_to_target(arm, self.arms[0], self.directions) for arm in self.arms[1:])
         return [target for target in found if target is not None]
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """Main effects and interactions, where the arms are a full grid; of the metrics that are judged."""
+        judged = [metric for metric in self.metrics if any(row.broken != NEITHER for row in self.of(metric))]
+        return contrasts(self.arms, judged, self.directions)
 
     @cached_property
     def costs(self) -> list[Cost]:

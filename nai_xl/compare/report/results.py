@@ -67,6 +67,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
                 for arm in found.arms
             ],
             "results": [{**tidy(found, row), "seeds": list(row.seeds), "notes": list(row.notes)} for row in found.rows],
+            "contrasts": [asdict(one) for one in found.contrasts],
             "images_to_target": [asdict(target) for target in found.targets],
             "cost": [asdict(cost) for cost in found.costs],
             "differences": found.differences,
