@@ -22,6 +22,7 @@ from nai_xl.compare.verdicts import (
     parse_margin,
     verdict,
 )  # fmt: skip
+from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Evaluator
 from tests.compare.losses import Command
@@ -90,6 +91,9 @@ def test_every_evaluator_keeps_the_whole_contract(option: str) -> None:
     assert set(kind.better.values()) <= {"lower", "higher"} and kind.changes_weights is False
     assert all(parse_margin(margin)[0] > 0 for margin in kind.equal_within.values())
     assert all(callable(member) for member in (kind.texts, kind.held_out, kind.run))
+    cfg = config.compose([f"evals=[{option}]"])
+    for key in {key for keys in [*kind.incomparable_over.values(), *Meter.incomparable_over.values()] for key in keys}:
+        assert key in config.groups() or OmegaConf.select(cfg, key) is not None, f"there is no setting {key}"
 
 
 def test_the_longest_beginning_counts() -> None:
