@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from common import RESULTS, Row, command, write
 
-from nai_xl.compare.comparison import Question, compare
+from nai_xl.compare.comparison import compare
+from nai_xl.compare.question import Question
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.compare.runs.run import Run
 

@@ -74,6 +74,7 @@ FLOORS: list[tuple[str, dict[str, str]]] = [
 ]
 COMMANDS = {
     "train": "one run, or a sweep",
+    "evaluate": "measures finished runs",
     "precompute": "fills the cache",
     "export": "one .safetensors file",
     "sync": "sends to MLflow",

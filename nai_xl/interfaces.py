@@ -54,11 +54,15 @@ Precision = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True, slots=True)
 class NoiseLevel:
-    """alpha^2 + sigma^2 = 1, all [B]. The ratio sigma/alpha is not kept: it is infinite at zero terminal SNR."""
+    """alpha^2 + sigma^2 = 1, all [B]. The ratio sigma/alpha is not kept: it is infinite at zero terminal SNR.
+
+    timesteps: the length of the schedule that t is a place in; None if there is no such table.
+    """
 
     t: Tensor
     alpha: Tensor
     sigma: Tensor
+    timesteps: int | None = None
 
     @property
     def snr(self) -> Tensor:
@@ -252,6 +256,10 @@ class Evaluator(Protocol):
     baseline, or "0.1" in the metric's units. A comparison says "equal within 2 %" where it is sure of that. A positive
     error without an entry has 2 %, any other metric without an entry has none.
 
+    incomparable_over: the settings over which a metric keeps no meaning, by the beginning of the metrics' names too:
+    {"mine/": ("schedule", "objective.micro_conditioning")}. Where arms differ in one of them, a comparison leaves the
+    metric out unless it is named. A metric without an entry can be compared between any arms.
+
     changes_weights: whether the evaluator can change the trained weights. Looking does not, so two runs that differ in
     their evaluators alone are one run.
 
@@ -263,6 +271,7 @@ class Evaluator(Protocol):
 
     better: ClassVar[Mapping[str, Direction]]
     equal_within: ClassVar[Mapping[str, str]]
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]]
     changes_weights: ClassVar[bool]
     every: int
     looks_at: ClassVar[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nai_xl.compare.comparison import Comparison, compare
 from nai_xl.compare.selection import Selection
-from nai_xl.compare.verdicts import declared, declared_margins
+from nai_xl.compare.verdicts import declared, declared_margins, declared_scopes
 from nai_xl.errors import UserError
 from nai_xl.record.looks import read_looks, write_looks
 
@@ -15,7 +15,14 @@ def answered(selection: Selection, *, recorded: bool) -> Comparison:
     """
     configs = list(selection.configs.values())
     before = read_looks(selection.folder) if recorded else None
-    found = compare(selection.runs, selection.question, declared(configs), declared_margins(configs), before)
+    found = compare(
+        selection.runs,
+        selection.question,
+        declared(configs),
+        declared_margins(configs),
+        before,
+        declared_scopes(configs),
+    )
     if before is not None and len(found.looks) > len(before):
         try:
             write_looks(selection.folder, found.looks)

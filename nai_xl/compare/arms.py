@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from nai_xl.compare.runs.run import Run
 from nai_xl.errors import UserError
@@ -32,9 +34,10 @@ class ArmRuns:
 
 
 def group(runs: Sequence[Run]) -> tuple[list[ArmRuns], list[str]]:
-    """Arms in the natural order of their labels, and notes on the runs that are left out.
+    """Arms in the order in which their sweep was typed, and notes on the runs that are left out.
 
-    Of several runs with one arm and seed, the last counts.
+    Arms whose place is not known come last, in the natural order of their labels. Of several runs with one arm and
+    seed, the last counts.
     """
     by_arm: dict[str, dict[int, Run]] = {}
     notes = []
@@ -44,12 +47,17 @@ def group(runs: Sequence[Run]) -> tuple[list[ArmRuns], list[str]]:
             notes.append(f"{run.label} has seed {run.seed} twice: {run.name} counts, {before.name} is left out")
         seeds[run.seed] = run
     arms = []
-    for label in sorted(by_arm, key=_natural):
+    for label in sorted(by_arm, key=lambda label: (_place([*by_arm[label].values()]), _natural(label))):
         seeds = dict(sorted(by_arm[label].items()))
         whole = {seed: run for seed, run in seeds.items() if not run.failed}
         failed = [run for run in seeds.values() if run.failed]
         arms.append(ArmRuns(label, next(iter(seeds.values())).arm, whole, failed))
     return arms, notes
+
+
+def _place(runs: Sequence[Run]) -> float:
+    """The first place that a run of the arm has."""
+    return min((run.place for run in runs if run.place is not None), default=math.inf)
 
 
 def _natural(label: str) -> list[tuple[bool, float, str]]:
@@ -75,25 +83,49 @@ def find_baseline(arms: Sequence[ArmRuns], named: str) -> ArmRuns:
     return found[0]
 
 
-def choose_metrics(arms: Sequence[ArmRuns], named: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The metrics to compare, and those of `named` that no run has.
+def choose_metrics(
+    arms: Sequence[ArmRuns], named: Sequence[str], hindered: Callable[[str], Sequence[str]]
+) -> tuple[list[str], list[str]]:
+    """The metrics to compare, and remarks on those that are not what a reader may think.
 
     Without names, all that evaluators measured are compared, except the parts of another metric, such as
-    val/loss_band_0_250 of val/loss. If nothing was evaluated, it is the training loss. Raises UserError when there is
-    no metric at all.
+    val/loss_band_0_250 of val/loss, and those that keep no meaning between these arms: `hindered` tells over which
+    settings. If nothing was evaluated, it is the training loss. Raises UserError when there is no metric at all.
     """
     known = dict.fromkeys(name for arm in arms for run in arm.runs.values() for name in run.curves)
+    unlike = {name: over for name in known if (over := hindered(name))}
     if named:
         chosen = [name for name in named if name in known]
-    else:
-        whole = [name for name in known if not name.startswith(("train/", "perf/"))]
-        chosen = [name for name in whole if not any(name.startswith(f"{other}_") for other in whole)]
-        chosen = chosen or [name for name in ("train/loss",) if name in known]
-    if not chosen:
-        errors = dict.fromkeys(f"{arm.label}: {run.error}" for arm in arms for run in arm.failed)
-        why = f"there is {', '.join(known)}" if known else "no run that did not fail has any number"
-        raise UserError("\n".join([f"nothing to compare: {why}; set metrics=a,b", *errors]))
-    return chosen, [name for name in named if name not in known]
+        notes = [f"{name} was measured in no run" for name in named if name not in known]
+        notes += [
+            f"{_no_meaning(name, unlike[name])}, and is compared because it was named"
+            for name in chosen
+            if name in unlike
+        ]
+        return chosen or _nothing(arms, list(known), []), notes
+    evaluated = [name for name in known if not name.startswith(("train/", "perf/"))] or ["train/loss"]
+    whole = _whole([name for name in evaluated if name in known and name not in unlike])
+    left_out = _whole([name for name in evaluated if name in unlike])
+    notes = [
+        f"{_no_meaning(name, unlike[name])}, and is left out; metrics={name} compares it all the same"
+        for name in left_out
+    ]
+    return whole or _nothing(arms, list(known), notes), notes
+
+
+def _whole(names: Sequence[str]) -> list[str]:
+    """Those that are no part of another one."""
+    return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+
+
+def _no_meaning(metric: str, over: Sequence[str]) -> str:
+    return f"{metric} cannot be compared between arms of different {', '.join(over)}"
+
+
+def _nothing(arms: Sequence[ArmRuns], known: Sequence[str], notes: Sequence[str]) -> NoReturn:
+    errors = dict.fromkeys(f"{arm.label}: {run.error}" for arm in arms for run in arm.failed)
+    why = f"there is {', '.join(known)}" if known else "no run that did not fail has any number"
+    raise UserError("\n".join([f"nothing to compare: {why}; set metrics=a,b", *notes, *errors]))
 
 
 def short_names(arms: Sequence[ArmRuns]) -> dict[str, str]:

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nai_xl.compare.arms import ArmRuns, choose_metrics, find_baseline, group, short_names
-from nai_xl.compare.costs import Cost, Target, cost, images_to_target
+from nai_xl.compare.comparable import hindrances, plan_note, settings, varied
+from nai_xl.compare.costs import TARGET_METRIC, Cost, Target, cost, images_to_target
+from nai_xl.compare.factorial import Contrast, contrasts
 from nai_xl.compare.looks import judged_at_look, told
+from nai_xl.compare.question import Question
 from nai_xl.compare.rows import Row, judged, measure
-from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, different_keys
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.spending import Plan
-from nai_xl.compare.verdicts import Directions, Margins, declared
+from nai_xl.compare.verdicts import Directions, Margins, Scopes, better_direction, declared
 from nai_xl.errors import UserError
 from nai_xl.record.looks import Look
 
-
-@dataclass(frozen=True)
-class Question:
-    """What a sweep asks: from the node `sweep` of its experiment."""
-
-    name: str
-    question: str = ""
-    baseline: str = ""  # 'schedule=ztsnr,loss=minsnr'; empty: the first arm
-    metrics: Sequence[str] = ()  # empty: all that evaluators measured
-    equivalence: str = ""  # "2%", or in the metrics' units; empty: what the metrics declare
-    detect: str = ""  # a difference such as "1%", of which the report says how many seeds it takes
-    plan: Plan | None = None  # how many seeds, and after how many they are judged; None: those that are there, once
+NEITHER = "no direction of it is declared good"
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,7 @@ class Comparison:
     directions: Directions  # which values of the metrics are better
     notes: Sequence[str] = field(default_factory=tuple)
     looks: Sequence[Look] = ()  # at the sweep, the present one last; empty if they are not recorded
+    scopes: Scopes | None = None  # settings over which metrics keep no meaning
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -52,9 +43,17 @@ class Comparison:
 
     @cached_property
     def targets(self) -> list[Target]:
-        """Empty if no validation loss was measured."""
+        """Empty if no validation loss was measured, or if it keeps no meaning between these arms and was not named."""
+        if TARGET_METRIC not in self.asked.metrics and hindrances(TARGET_METRIC, varied(self.arms), self.scopes):
+            return []
         found = (images_to_target(arm, self.arms[0], self.directions) for arm in self.arms[1:])
         return [target for target in found if target is not None]
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """Main effects and interactions, where the arms are a full grid; of the metrics that are judged."""
+        judged = [metric for metric in self.metrics if any(row.broken != NEITHER for row in self.of(metric))]
+        return contrasts(self.arms, judged, self.directions)
 
     @cached_property
     def costs(self) -> list[Cost]:
@@ -63,11 +62,7 @@ class Comparison:
     @cached_property
     def differences(self) -> dict[str, list[object]]:
         """config key -> its value in each arm, for the keys that arms differ in."""
-        firsts = [arm.first for arm in self.arms if arm.first is not None]
-        configs = [run.config for run in firsts]
-        keys = [key for key in different_keys(configs) if not key.startswith(NOT_OF_THE_METHOD)]
-        keys = [key for key in keys if [config.get(key) for config in configs] != [run.seed for run in firsts]]
-        return {key: [config.get(key) for config in configs] for key in keys}
+        return settings(self.arms)
 
     def baseline_mean(self, metric: str) -> float | None:
         """Over the seeds that it shares with the arm that has most of them."""
@@ -84,11 +79,13 @@ def compare(
     directions: Directions | None = None,
     margins: Margins | None = None,
     looks: Sequence[Look] | None = None,
+    scopes: Scopes | None = None,
 ) -> Comparison:
     """Compare the arms of `runs` with the baseline.
 
-    `directions` and `margins`: from verdicts.declared and declared_margins; without them, those of the project's own
-    evaluators. `looks`: the earlier ones at this sweep, to which this one is added; None: it is judged by itself.
+    `directions`, `margins` and `scopes`: from verdicts.declared, declared_margins and declared_scopes; without them,
+    those of the project's own evaluators. `looks`: the earlier ones at this sweep, to which this one is added; None: it
+    is judged by itself.
 
     Raises UserError when there is nothing to compare: one arm, an unknown baseline, no metric in common.
     """
@@ -102,13 +99,22 @@ def compare(
     baseline = find_baseline(arms, asked.baseline)
     arms = [baseline, *(arm for arm in arms if arm is not baseline)]
     if not asked.baseline:
-        notes = [*notes, f"no baseline was named, so {baseline.label} is it; baseline=ARM names another"]
-    metrics, absent = choose_metrics(arms, asked.metrics)
-    notes = [*notes, *(f"{metric} was measured in no run" for metric in absent)]
+        notes = [
+            *notes,
+            f"no baseline was named, so the first arm, {baseline.label}, is it; baseline=ARM names another",
+        ]
+    keys = varied(arms)
+    metrics, remarks = choose_metrics(arms, asked.metrics, lambda metric: hindrances(metric, keys, scopes))
+    notes = [*notes, *remarks, *plan_note(keys)]
     rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]
+    if not asked.metrics:  # what nobody asked for costs no verdict its certainty unless it can be better or worse
+        rows = [
+            row if better_direction(row.metric, directions) else replace(row, broken=row.broken or NEITHER)
+            for row in rows
+        ]
     judge = functools.partial(judged, directions=directions, margins=margins, equivalence=asked.equivalence)
     if looks is None:
-        return Comparison(asked, baseline.label, arms, metrics, judge(rows), directions, notes)
+        return Comparison(asked, baseline.label, arms, metrics, judge(rows), directions, notes, scopes=scopes)
     rows, looks = judged_at_look(rows, arms, asked.plan, looks, judge)
     notes = [*notes, *told(looks, short_names(arms))]
-    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes, looks)
+    return Comparison(asked, baseline.label, arms, metrics, rows, directions, notes, looks, scopes)

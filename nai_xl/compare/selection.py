@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
 from nai_xl.compare.arguments import Request
-from nai_xl.compare.comparison import Question
+from nai_xl.compare.question import Question
 from nai_xl.compare.runs.directory import read_directory, sweep_directories
 from nai_xl.compare.runs.from_mlflow import read_mlflow, search_mlflow
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences, varied_only
@@ -25,12 +25,16 @@ from nai_xl.tracker.mlflow.store import default_uri
 
 @dataclass(frozen=True)
 class Selection:
-    """The runs to compare, the question they are to answer, and the folder that the report is written to."""
+    """The runs to compare, the question they are to answer, and the folder that the report is written to.
+
+    `named`: how a user has named the runs, where they are not simply those of a sweep.
+    """
 
     runs: Sequence[Run]
     question: Question
     output_dir: Path
     configs: Mapping[str, DictConfig] = field(default_factory=dict)  # run name -> its config
+    named: Sequence[str] = ()
 
     @property
     def folder(self) -> Path:
@@ -54,7 +58,7 @@ def select(request: Request) -> Selection:
         equivalence=request.settings.get("equivalence", found.question.equivalence),
         detect=request.settings.get("detect", ""),
     )
-    return replace(found, question=question)
+    return replace(found, question=found.question.asking(question, found.named))
 
 
 def _of_sweep(request: Request, output_dir: Path) -> Selection:
@@ -84,8 +88,12 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Selection:
     runs, configs = _read(paths)
     if not all(run.arm for run in runs) or len({tuple(run.arm) for run in runs}) > 1:
         runs = named_by_differences(runs, _ignored())
-    question = replace(_question(configs[paths[0].name], "runs"), baseline=runs[0].label)
-    return Selection(runs, question, Path(output_dir or paths[0].absolute().parent), configs)
+    runs = [replace(run, place=place) for place, run in enumerate(runs)]
+    sweeps = {OmegaConf.select(cfg, "sweep.name") for cfg in configs.values()}
+    known = configs[paths[0].name] if len(sweeps) == 1 else OmegaConf.create()  # else they answer no one's question
+    question = replace(_question(known, "runs"), baseline=runs[0].label)
+    named = [run.name for run in runs]
+    return Selection(runs, question, Path(output_dir or paths[0].absolute().parent), configs, named)
 
 
 def _in_mlflow(request: Request, output_dir: Path) -> Selection:
@@ -108,8 +116,9 @@ def _in_mlflow(request: Request, output_dir: Path) -> Selection:
     name = sweeps.pop() if len(sweeps) == 1 else None
     known = next(iter(configs.values()), OmegaConf.create())
     question = _question(known, name) if name else Question("runs")  # runs of several sweeps answer no one's question
-    named = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, _ignored())
-    return Selection(named, question, output_dir, configs)
+    arms = varied_only(runs) if all(run.arm for run in runs) else named_by_differences(runs, _ignored())
+    query = " ".join(request.settings["runs"].split())
+    return Selection(arms, question, output_dir, configs, [] if query == f"tags.sweep = '{name}'" else [query])
 
 
 def _read(paths: Sequence[Path], sweep: str = "") -> tuple[list[Run], dict[str, DictConfig]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +19,7 @@ from nai_xl.interfaces import Direction
 
 Directions = Mapping[str, Direction]  # the beginning of a metric's name -> which values are better
 Margins = Mapping[str, str]  # the beginning of a metric's name -> a difference below this is none: "2%" or "0.1"
+Scopes = Mapping[str, Sequence[str]]  # the beginning of a metric's name -> settings over which it keeps no meaning
 
 IDENTICAL, EQUAL, UNDECIDED = "identical", "equal", "undecided"
 ONE_SEED, TWO_SEEDS, NO_VERDICT = "one seed only", "two seeds only", "no verdict"
@@ -55,15 +56,16 @@ def better_direction(metric: str, directions: Directions | None = None) -> Direc
 
     `directions`: those of `declared`; without them, those of the evaluators in conf/evals and of the meter.
     """
-    return _longest(metric, _built_in("better") if directions is None else directions)
+    return longest(metric, _built_in("better") if directions is None else directions)
 
 
 def margin_of(metric: str, margins: Margins | None = None) -> str | None:
     """The margin declared for the longest beginning of the metric's name, as better_direction has the direction."""
-    return _longest(metric, _built_in("equal_within") if margins is None else margins)
+    return longest(metric, _built_in("equal_within") if margins is None else margins)
 
 
-def _longest(metric: str, declared: Mapping[str, Any]) -> Any:
+def longest(metric: str, declared: Mapping[str, Any]) -> Any:
+    """What is declared for the longest beginning of the metric's name; None if there is none."""
     known = [prefix for prefix in declared if metric.startswith(prefix)]
     return declared[max(known, key=len)] if known else None
 
@@ -96,12 +98,24 @@ def declared_margins(configs: Iterable[DictConfig]) -> Margins:
     return _declared(configs, "equal_within")
 
 
+def declared_scopes(configs: Iterable[DictConfig]) -> Scopes:
+    """The settings over which their metrics keep no meaning, as the same evaluators declare them."""
+    return _declared(configs, "incomparable_over")
+
+
 def _declared(configs: Iterable[DictConfig], member: str) -> Mapping[str, Any]:
     found = dict(_built_in(member))
     for cfg in configs:
-        plugins = tuple(cfg.get("plugins") or ())
-        for node in (cfg.get("evals") or {}).values():
-            found |= _of_target(str(node.get("_target_", "")), plugins, member)
+        found |= declared_by(cfg, member)
+    return found
+
+
+def declared_by(cfg: DictConfig, member: str) -> dict[str, Any]:
+    """What the evaluators of one config declare."""
+    found: dict[str, Any] = {}
+    plugins = tuple(cfg.get("plugins") or ())
+    for node in (cfg.get("evals") or {}).values():
+        found |= _of_target(str(node.get("_target_", "")), plugins, member)
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.crossed import MOST_SEEDS
+from nai_xl.compare.factorial import Contrast
 from nai_xl.compare.rows import Row
 from nai_xl.compare.verdicts import (
     EQUAL,
@@ -162,6 +163,21 @@ def _needed(row: Row) -> str:
     return f"{MOST_SEEDS} seeds would not decide it"
 
 
+CONTRAST_COLUMNS = ("metric", "effect", "verdict", "size", "95 % interval", "p (Holm)")
+
+
+def contrast_cells(one: Contrast) -> list[str]:
+    """One row of the table of main effects and interactions."""
+    e = one.effect
+    if one.percent is not None:
+        size, low, high = map(percent_of, one.percent)
+        limits = f"{low.removesuffix(' %')} to {high}"
+    else:
+        size = change(e.difference)
+        limits = DASH if e.low is None or e.high is None else f"{change(e.low)} to {change(e.high)}"
+    return [one.metric, one.name, one.verdict, size, limits, p_value(one.p_holm)]
+
+
 def remarks(found: Comparison) -> list[str]:
     """The rows' notes, each once, after the arm, and after its metrics unless the note holds for all of them."""
     metrics: dict[tuple[str, str], list[str]] = {}
@@ -184,6 +200,9 @@ def markdown(found: Comparison) -> str:
         cells += [size, percent(row), interval(row), p_value(row.p_holm), narrower(row)]
         rows.append(f"| {' | '.join(cells)} |")
     answers = [f"- **{metric}**: {answer(found, metric)}" for metric in found.metrics]
+    if found.contrasts:
+        rows += ["", f"| {' | '.join(CONTRAST_COLUMNS)} |", "|---" * len(CONTRAST_COLUMNS) + "|"]
+        rows += [f"| {' | '.join(contrast_cells(one))} |" for one in found.contrasts]
     notes = [f"- {note}" for note in [*found.notes, *remarks(found)]]
     parts = [[found.asked.question or found.asked.name], [about(found)], answers, rows, notes]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"

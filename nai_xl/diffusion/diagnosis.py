@@ -15,11 +15,11 @@ from torch import Tensor
 from nai_xl.diffusion.loss import min_snr_plus_one
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.timesteps import density
-from nai_xl.interfaces import NoiseLevel
 
-# The mean of a 128 x 128 latent (1024 x 1024 pixels) has 1/128 of a pixel's noise. From here on that is 3 times the
-# data's own deviation, so that the mean brightness is lost as well; SDXL's 14.6 leaves it readable to 0.11.
-PURE_NOISE = 3 * 128.0
+# The mean of a 128 x 128 latent (1024 x 1024 pixels) has 1/128 of a pixel's noise. From here on that is more than the
+# data's own deviation, so that the mean brightness is lost as well; SDXL's 14.6 leaves it readable to 0.11. A smaller
+# canvas loses its mean in proportion sooner: at 64 x 64 pixels from 8 on (experiments/ztsnr).
+SDXL_EDGE, PURE_NOISE = 1024, 128.0
 LITTLE = 0.02  # of the loss weight for a fifth of the timesteps: a tenth of an even share
 
 
@@ -63,7 +63,8 @@ def diagnose(objective: Objective) -> Diagnosis:
     level = objective.schedule.at(torch.arange(len(objective.schedule)))
     device = next((part.device for part in objective.learned.parameters()), level.t.device)
     weight = objective.weighting(
-        NoiseLevel(level.t.to(device), level.alpha.to(device), level.sigma.to(device)), objective.parameterization
+        replace(level, t=level.t.to(device), alpha=level.alpha.to(device), sigma=level.sigma.to(device)),
+        objective.parameterization,
     )
     found = Diagnosis(
         noise=level.sigma.double() / level.alpha.double(),
@@ -74,19 +75,23 @@ def diagnose(objective: Objective) -> Diagnosis:
 
 
 @torch.no_grad()
-def sentences(objective: Objective) -> list[str]:
-    """What a person should know of `objective` before training with it; empty when there is nothing to say."""
+def sentences(objective: Objective, edge: int = SDXL_EDGE) -> list[str]:
+    """What a person should know of `objective` before training with it on canvases of about `edge` x `edge` pixels;
+    empty when there is nothing to say.
+    """
     found = diagnose(objective)
-    lines = [_end(objective, found), _neglected(found)]
+    lines = [_end(objective, found, edge), _neglected(found)]
     return [line for line in lines if line]
 
 
-def _end(objective: Objective, found: Diagnosis) -> str:
+def _end(objective: Objective, found: Diagnosis, edge: int) -> str:
     """On the last timestep, where sampling starts from pure noise."""
     last = float(found.noise[-1])
     if not objective.schedule.zero_terminal:
+        left = f"which leaves the mean of {edge} x {edge} pixels readable"
         drift = "the model never sees pure noise, so samples drift to medium brightness ([Lin] 3.1, [NAI] 2.2)"
-        return f"the noise ends at sigma/alpha = {last:.3g}: {drift}" if last < PURE_NOISE else ""
+        readable = last < PURE_NOISE * edge / SDXL_EDGE
+        return f"the noise ends at sigma/alpha = {last:.3g}, {left}: {drift}" if readable else ""
     if found.density[-1] == 0:
         return "the terminal step is practically never drawn: pure noise, where sampling starts, is not trained"
     if found.weight[-1] == 0:

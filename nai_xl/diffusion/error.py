@@ -54,10 +54,14 @@ def scheduled_huber(
 
     The threshold runs exponentially from 1 at t = 0 to `delta` at the noisy end: delta below 1 is robust to outliers
     where the large shapes are made and squares the error where details are; delta above 1 does the reverse.
-    `timesteps` is the number of the schedule's timesteps.
+    `timesteps` is the number of the schedule's timesteps. Raises ValueError if the schedule has another number.
     """
     require_positive("delta", delta)
     require_positive("timesteps", timesteps)
+    if level.timesteps is not None and level.timesteps != timesteps:
+        raise ValueError(
+            f"timesteps={timesteps}: the schedule has {level.timesteps}; set error.timesteps={level.timesteps}"
+        )
     threshold = torch.exp(math.log(delta) * level.t.float() / timesteps)
     squared = (prediction.float() - target).square()
     # e^2 / (1 + sqrt(...)) is the same as d^2 (sqrt(...) - 1) and keeps its digits for small errors

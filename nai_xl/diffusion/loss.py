@@ -36,7 +36,8 @@ def min_snr(level: NoiseLevel, p: Parameterization, *, gamma: float = 5.0) -> Te
 def min_snr_plus_one(level: NoiseLevel, p: Parameterization, *, gamma: float = 5.0) -> Tensor:
     """w = min(SNR + 1, gamma). For v: min(SNR + 1, gamma) / (SNR + 1), which is 1 at zero terminal SNR.
 
-    The form that public trainers use for v on zero-terminal schedules (diffusers, train_text_to_image_sdxl.py).
+    diffusers' train_text_to_image_sdxl.py had this form for v up to version 0.25; since 0.26 it has that of min_snr,
+    min(SNR, gamma) / (SNR + 1), whose weight at zero terminal SNR is 0.
     """
     require_positive("gamma", gamma)
     return (level.snr + 1).clamp(max=gamma) * p.x0_error_scale(level)

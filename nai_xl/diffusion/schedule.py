@@ -83,8 +83,8 @@ class TableSchedule:
         """
         tables = self._tables(t.device)
         if t.is_floating_point():
-            return NoiseLevel(t, *self._between(t.double(), tables))
-        return NoiseLevel(t, tables.alpha[t], tables.sigma[t])
+            return NoiseLevel(t, *self._between(t.double(), tables), timesteps=len(self))
+        return NoiseLevel(t, tables.alpha[t], tables.sigma[t], timesteps=len(self))
 
     def _between(self, t: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         low, high = t.floor().long(), t.ceil().long()

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -61,6 +61,12 @@ class Meter:
         "perf/peak_memory_gib": "lower",
     }
     equal_within: ClassVar[Mapping[str, str]] = {"train/loss": "2%", "perf/": "2%"}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {  # what the loss is made of, and of which samples
+        "train/loss": (
+            "loss", "error", "schedule", "parameterization", "timesteps", "objective", "noise", "latents",
+            "native.resolution", "bucketing", "data", "captions", "sample_weights",
+        )
+    }  # fmt: skip
 
     def __init__(
         self,

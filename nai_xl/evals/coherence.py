@@ -33,11 +33,14 @@ class Coherence(PromptedEvaluator):
 
     coherence/count_error is the mean of |found - prompted|, coherence/right the share of samples with the prompted
     number, coherence/too_many of those with more, coherence/cut the share of a sample's bodies that touch the border.
+    coherence/empty is the share of samples without any body. Such a sample is a failure by every measure: it counts as
+    1 in cut and too_many, so that an arm that paints nothing does not win by them.
     """
 
     better: ClassVar[Mapping[str, Direction]] = {
         "coherence/count_error": "lower",
         "coherence/cut": "lower",
+        "coherence/empty": "lower",
         "coherence/right": "higher",
         "coherence/too_many": "lower",
     }
@@ -74,6 +77,7 @@ class Coherence(PromptedEvaluator):
         return {
             "coherence/count_error": abs(found.count - scene.number),
             "coherence/right": found.count == scene.number,
-            "coherence/too_many": found.count > scene.number,
-            "coherence/cut": found.cut / max(1, found.count),
+            "coherence/too_many": not found.count or found.count > scene.number,
+            "coherence/cut": found.cut / found.count if found.count else 1,
+            "coherence/empty": not found.count,
         }

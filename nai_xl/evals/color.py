@@ -47,6 +47,9 @@ class Color(PromptedEvaluator):
         "color/luminance_range": "higher",
     }
     equal_within: ClassVar[Mapping[str, str]] = {"color/": "5%", "color/luminance": "0.02"}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {
+        "color/": ("sampling.guidance", "sampling.rescale")  # both move colours by themselves
+    }
 
     colors: Annotated[Sequence[str], AfterValidator(_known)] = tuple(PALETTE)
     wording: str = Scene("{}").caption

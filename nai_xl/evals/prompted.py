@@ -31,6 +31,7 @@ class PromptedEvaluator:
 
     better: ClassVar[Mapping[str, Direction]] = {}
     equal_within: ClassVar[Mapping[str, str]] = {}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
     within_schedule: ClassVar[tuple[str, ...]] = ("steps",)

@@ -67,6 +67,9 @@ class Quality:
         "quality/clip": "higher",
     }
     equal_within: ClassVar[Mapping[str, str]] = {"quality/": "2%"}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {
+        "quality/": ("data", "sampling.guidance", "evals.quality"),  # FID depends on the number of images, too
+    }
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
     within_schedule: ClassVar[tuple[str, ...]] = ("steps",)

@@ -45,6 +45,9 @@ class Reconstruction:
     looks_at: ClassVar[str] = "vae_decoder"
     better: ClassVar[Mapping[str, Direction]] = {"reconstruction/psnr": "higher"}
     equal_within: ClassVar[Mapping[str, str]] = {"reconstruction/psnr": "0.1"}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {
+        "reconstruction/": ("data", "bucketing", "native.resolution")
+    }
     changes_weights: ClassVar[bool] = False
 
     def texts(self, items: Sequence[Item]) -> list[str]:

@@ -26,6 +26,7 @@ class SampleGrid:
 
     better: ClassVar[Mapping[str, Direction]] = {}
     equal_within: ClassVar[Mapping[str, str]] = {}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

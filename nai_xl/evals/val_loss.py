@@ -31,6 +31,10 @@ from nai_xl.rng import generator
 
 # log-SNR of the levels at which runs of different schedules are comparable; SDXL's own schedule covers 7.1 to -5.4
 LOG_SNR = (6, 3, 0, -3, -5)
+# settings by which other latents are measured, or the network is told what it never saw: docs/evaluation.md
+OTHER_LATENTS = (
+    "bucketing", "native.resolution", "objective.micro_conditioning", "evals.val_loss.timesteps", "evals.val_loss.seed",
+)  # fmt: skip
 # item, place in the grid, error of the prediction, error of x0, error of x0 before normalisation
 Rows = list[tuple[str, int, float, float, float]]
 
@@ -46,8 +50,14 @@ class ValLoss:
     at a log-SNR that is the same in all schedules, where the schedule reaches it.
     """
 
-    better: ClassVar[Mapping[str, Direction]] = {"val/": "lower"}
+    better: ClassVar[Mapping[str, Direction]] = {"val/": "lower", "val/loss": "lower", "val/x0_loss_logsnr_0": "lower"}
     equal_within: ClassVar[Mapping[str, str]] = {"val/": "2%"}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {
+        "val/loss": ("schedule", "parameterization", "latents", *OTHER_LATENTS),
+        "val/x0_loss": ("schedule", "latents", *OTHER_LATENTS),
+        "val/x0_loss_logsnr": ("latents", *OTHER_LATENTS),
+        "val/x0_loss_terminal_raw": ("schedule", *OTHER_LATENTS),
+    }
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
     within_schedule: ClassVar[tuple[str, ...]] = ("timesteps",)

@@ -50,7 +50,7 @@ def inspect(overrides: Sequence[str], config_dir: Path | None = None) -> list[Co
         try:
             objective = build_objective(cfg)
             combination.diagnosis = diagnose(objective)
-            combination.sentences = sentences(objective)
+            combination.sentences = sentences(objective, int(cfg.native.resolution))
         except UserError as error:
             combination.refusal = str(error)
         found.append(combination)

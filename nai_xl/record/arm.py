@@ -23,7 +23,9 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
 class Arm:
     """The content of arm.json. `arm` holds the values of the swept keys without the seed; {} outside of a sweep.
 
-    sweeps: every sweep that the run has been an arm of, name -> its `arm` there; `sweep` is the last of them.
+    sweeps: every sweep that the run has been an arm of, name -> its `arm` there; `sweep` is the last of them. place:
+    its place among the runs of `sweep`, in the order that they were typed in; places: the last that it had in each
+    sweep, since a command for some of the arms moves them forward.
     seconds: the time spent on training, over all interruptions. steps, images: counted from the run's beginning.
     epochs: run.epochs, where that says how long to train.
     """
@@ -39,6 +41,8 @@ class Arm:
     images: int = 0
     epochs: float | None = None
     sweeps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    place: int | None = None
+    places: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -81,7 +85,10 @@ def write_arm(run_dir: Path, arm: Arm) -> None:
     """Replace arm.json, whole. The other sweeps that it names are kept."""
     before = arm_so_far(run_dir)
     here = {arm.sweep: dict(arm.arm)} if arm.sweep else {}
-    arm = replace(arm, sweeps={**(before.sweeps if before else {}), **here})
+    places = dict(before.places if before else {})
+    if arm.sweep and arm.place is not None:
+        places[arm.sweep] = max(arm.place, places.get(arm.sweep, 0))
+    arm = replace(arm, sweeps={**(before.sweeps if before else {}), **here}, places=places)
     write_json(RunDirectory(run_dir).arm, asdict(arm))
 
 
@@ -119,8 +126,12 @@ class ArmRecord:
 
     def adopt(self, found: Arm) -> None:
         """Make a run that another sweep, or none, has trained an arm of this sweep too."""
-        if self.arm.sweep is not None and (found.sweep, found.arm) != (self.arm.sweep, self.arm.arm):
-            self._write(replace(found, sweep=self.arm.sweep, arm=self.arm.arm))
+        mine = self.arm
+        if mine.sweep is None:
+            return
+        later = mine.place is not None and mine.place > found.places.get(mine.sweep, -1)
+        if later or (found.sweep, found.arm) != (mine.sweep, mine.arm):
+            self._write(replace(found, sweep=mine.sweep, arm=mine.arm, place=mine.place))
 
     def end(self, status: Status, error: str | None = None) -> None:
         """Record what became of the run, unless another process is training it."""

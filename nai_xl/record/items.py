@@ -29,9 +29,19 @@ def write_items(run_dir: Path, metric: str, step: int, values: Mapping[str, floa
 
 
 def read_items(run_dir: Path, metric: str) -> dict[int, dict[str, float]]:
-    """step -> item -> value of every evaluation so far; {} where there was none."""
+    """step -> item -> value of every evaluation so far; of several of one step the last; {} where there was none."""
     rows = Journal(items_path(run_dir, metric)).rows()
     return {int(row["step"]): dict(row["values"]) for row in rows}
+
+
+def add_items(source: Path, run_dir: Path) -> None:
+    """Add all evaluations of the run directory `source` to those of `run_dir`, in place of those of the same step."""
+    for path in sorted(RunDirectory(source).items.glob("*.jsonl")):
+        journal = Journal(RunDirectory(run_dir).items / path.name)
+        journal.path.parent.mkdir(parents=True, exist_ok=True)
+        journal.mend()
+        for row in Journal(path).rows():
+            journal.append(**row)
 
 
 def report(run_dir: Path, step: int, table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

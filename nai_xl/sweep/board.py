@@ -23,7 +23,7 @@ class Row:
     status: str
     steps: int
     seconds: float
-    loss: float | None
+    value: float | None  # of the metric that the table shows
     path: Path
     error: str | None = None
     again: str = ""
@@ -78,20 +78,22 @@ def tail(log: Path, since: int = 0, size: int = 4000) -> str:
         return ""
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print a table of all arms, as wide as it needs, and then what to do about those that failed."""
+def print_table(title: str, rows: Sequence[Row], metric: str | None = "train/loss") -> None:
+    """Print a table of all arms, as wide as it needs, and then what to do about those that failed. `metric`: what the
+    arms' values are of; None leaves the column out.
+    """
     made = Table(box=None, padding=(0, 1), title=Text(title, style="bold"), title_justify="left")
     made.add_column("arm", style="cyan", no_wrap=True)
     made.add_column("status", no_wrap=True)
-    for heading in ("steps", "time", "train/loss"):
+    for heading in ("steps", "time", *([metric] if metric else [])):
         made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("run", no_wrap=True)
     for row in rows:
-        loss = "" if row.loss is None else f"{row.loss:.4f}"
+        values = ["" if row.value is None else f"{row.value:.4f}"] if metric else []
         status = Text(row.status, style=COLOURS.get(row.status, ""))
         time = spent(row.seconds) if row.seconds else ""
         # Text, because rich would take the [sdpa] of memory=[sdpa] in a string for markup and hide it
-        made.add_row(Text(row.arm), status, f"{row.steps or ''}", time, loss, Text(str(row.path)))
+        made.add_row(Text(row.arm), status, f"{row.steps or ''}", time, *values, Text(str(row.path)))
     width = Console(width=1000).measure(made).maximum
     Console(highlight=False, width=max(width, len(title))).print(made)
     plain = Console(highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
+from nai_xl.compare.comparable import leading
 from nai_xl.engine.loop import Stop
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Status, arm_so_far
@@ -31,6 +32,7 @@ class Sweep:
 
     module: str
     members: list[Member] = field(default_factory=list)
+    metrics: Sequence[str] = ()  # what the arms are compared by, the first of them in the table
     tracker: SweepTracker = field(default_factory=SweepTracker)
     told: list[str] = field(default_factory=list)  # by the tracker, once for all rounds
 
@@ -49,6 +51,7 @@ class Sweep:
         common, _, _ = config.opened(composed[0])
         config.check(common, only=["sweep", "tracker"])
         settings: SweepSettings = config.build(common.sweep)
+        self.metrics = settings.metrics or leading(common, settings.varied)
         self.tracker = sweep_tracker(common)
         before = len(self.members)
         if settings.in_rounds:
@@ -67,7 +70,10 @@ class Sweep:
     def _train(self, master: DictConfig, composed: Sequence[DictConfig], settings: SweepSettings) -> list[Member]:
         """Train these arms, except the finished ones, and return them."""
         gpus = visible_gpus()
-        members = [member_of(self.module, master, cfg, settings, len(gpus)) for cfg in composed]
+        members = [
+            member_of(self.module, master, cfg, settings, len(gpus), place=place)
+            for place, cfg in enumerate(composed, start=len(self.members))
+        ]
         refuse_shared(members)
         distinct = list({member.path: member for member in members}.values())
         self.members += distinct
@@ -76,12 +82,12 @@ class Sweep:
                 str(settings.name),
                 settings.question or "",
                 settings.varied,
-                settings.metrics,
+                self.metrics,
                 shared=shared_keys(settings, self.members),
             )
             show([line for line in lines if line not in self.told])
             self.told += lines
-        train(distinct, settings.parallel, gpus)
+        train(distinct, settings.parallel, gpus, next(iter(self.metrics), None))
         return members
 
     def tell(self) -> None:
@@ -90,7 +96,8 @@ class Sweep:
         if members:
             asked = members[0].cfg.sweep
             title = f"sweep {asked.name}" + (f": {asked.question}" if asked.question else "")
-            print_table(title, [member.row() for member in members])
+            metric = next(iter(self.metrics), None)
+            print_table(title, [member.row(metric) for member in members], metric)
             show(self.tracker.end([member.path for member in members]))
 
 
@@ -126,13 +133,15 @@ def shared_keys(settings: SweepSettings, members: Sequence[Member]) -> list[str]
     return [key for key in keys if all(OmegaConf.select(member.cfg, key) is not None for member in members)]
 
 
-def train(members: Sequence[Member], parallel: int, gpus: Sequence[str]) -> None:
-    """Train the arms that are not started, `parallel` at a time. Raises KeyboardInterrupt when asked to stop."""
+def train(members: Sequence[Member], parallel: int, gpus: Sequence[str], metric: str | None) -> None:
+    """Train the arms that are not started, `parallel` at a time, and tell the `metric` of each. Raises
+    KeyboardInterrupt when asked to stop.
+    """
     due = [member for member in members if member.status == "not started"]
     processes = max((member.processes for member in due), default=1)
     environments = slots(parallel, processes, gpus, len(os.sched_getaffinity(0)))
     with Stop() as stop, Board() as board:
-        watching = Watching(board, members, due, stop)
+        watching = Watching(board, members, due, stop, metric)
         programs = [member.program() for member in due]
         run_all(programs, environments, stop, begun=watching.begun, ended=watching.ended, watch=watching.watch)
     if stop.asked:
@@ -147,6 +156,7 @@ class Watching:
     members: Sequence[Member]
     due: Sequence[Member]
     stop: Stop
+    metric: str | None = None
     told: bool = False
 
     def __post_init__(self) -> None:
@@ -168,8 +178,8 @@ class Watching:
             member.status, member.error = found.status, found.error
         else:
             self._record_end(member, running, code)
-        loss = last_value(member.path, "train/loss")
-        how = f": {member.error}" if member.error else "" if loss is None else f", train/loss {loss:.4f}"
+        value = last_value(member.path, self.metric) if self.metric else None
+        how = f": {member.error}" if member.error else "" if value is None else f", {self.metric} {value:.4f}"
         self._say(member, f"{member.status} after {running.seconds:.0f} s{how}")
 
     def _record_end(self, member: Member, running: Running, code: int) -> None:

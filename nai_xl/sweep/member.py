@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -49,23 +49,25 @@ class Member:
     def program(self) -> Program:
         return Program(self.command, self.record.home.log, workers=self.processes > 1)
 
-    def row(self) -> Row:
-        """The arm's line in the table of the sweep."""
+    def row(self, metric: str | None) -> Row:
+        """The arm's line in the table of the sweep, with the last value of a metric."""
         arm = arm_so_far(self.path) if self.status != "not started" else None
         steps, seconds = (arm.steps, arm.seconds) if arm else (0, 0.0)
-        loss = last_value(self.path, "train/loss") if arm else None
+        value = last_value(self.path, metric) if arm and metric else None
         # `python` is what a person types for this program's own, in the environment that is active
         again = shlex.join("python" if part == sys.executable else part for part in self.command)
-        return Row(self.name, self.status, steps, seconds, loss, self.path, self.error, again)
+        return Row(self.name, self.status, steps, seconds, value, self.path, self.error, again)
 
 
-def member_of(module: str, master: DictConfig, composed: DictConfig, settings: SweepSettings, gpus: int) -> Member:
+def member_of(
+    module: str, master: DictConfig, composed: DictConfig, settings: SweepSettings, gpus: int, *, place: int
+) -> Member:
     """The arm that Hydra composed under `master`, to be trained by `python -m module`. It is FINISHED or FAILED already
-    where it has been trained as long as asked for, or its config is refused.
+    where it has been trained as long as asked for, or its config is refused. place: among the sweep's arms, as typed.
     """
     cfg, choices, overrides = config.opened(composed)
     home = RunDirectory(config.run_dir(cfg, choices))
-    member = Member(cfg, ArmRecord(home, arm_of(cfg, config.arm(cfg, overrides))))
+    member = Member(cfg, ArmRecord(home, replace(arm_of(cfg, config.arm(cfg, overrides)), place=place)))
     found = arm_so_far(home.path)
     run = cfg.run
     if found and home.pipeline.is_dir() and found.finished(max_images=run.max_images, epochs=run.epochs):
@@ -79,7 +81,7 @@ def member_of(module: str, master: DictConfig, composed: DictConfig, settings: S
         member.status, member.error = "FAILED", one_line(error)
         member.record.end("FAILED", member.error)
         print(f"error: {member.name}: {member.error}", file=sys.stderr)
-    member.command = [*started_by(member.processes), module, *hydra_flags(master), *overrides]
+    member.command = [*started_by(member.processes), module, *hydra_flags(master), *overrides, f"sweep.place={place}"]
     member.command += ["hydra.mode=RUN"] if choices.get("experiment") else []
     return member
 
@@ -92,7 +94,9 @@ def path_of(composed: DictConfig) -> Path:
 
 def arm_of(cfg: DictConfig, arm: Mapping[str, object]) -> Arm:
     """The arm that a config describes, as its arm.json begins."""
-    return Arm(cfg.sweep.name, dict(arm), cfg.run.seed, config.signature(cfg), epochs=cfg.run.epochs)
+    asked = cfg.sweep
+    signature = config.signature(cfg)
+    return Arm(asked.name, dict(arm), cfg.run.seed, signature, epochs=cfg.run.epochs, place=asked.place)
 
 
 def started_by(processes: int) -> list[str]:

@@ -30,8 +30,9 @@ class SweepSettings:
     as "schedule=ztsnr,loss=uniform". metrics: what they are compared by. equivalence: the largest difference that
     nobody minds, "2%" of the baseline or "0.1" in the metrics' units; null is what each metric declares. arms: for a
     sweep that is no full grid, the keys and values of each arm; what else is swept multiplies them. varied: the swept
-    keys, filled in by Hydra. parallel: how many arms this machine trains at a time. processes: of each arm, one on
-    each GPU; null is the arm's share of the GPUs, or 1 where distributed=none.
+    keys, place: of an arm among those that were typed; both are filled in. parallel: how many arms this machine trains
+    at a time. processes: of each arm, one on each GPU; null is the arm's share of the GPUs, or 1 where
+    distributed=none.
 
     seeds: how many each arm is to have, filled in by Hydra. looks: after how many of them the arms are compared, beside
     all of them. seeds_until: "decided" adds seeds to the arms that are undecided, max_seeds at most, with looks
@@ -47,6 +48,7 @@ class SweepSettings:
     equivalence: Annotated[str, AfterValidator(_margin)] | None = None
     arms: Sequence[Mapping[str, Any]] = ()
     varied: Sequence[str] = ()
+    place: int | None = None
     parallel: Count = 1
     processes: Count | None = None
     seeds: Count | None = None

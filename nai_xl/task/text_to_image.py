@@ -183,7 +183,7 @@ class TextToImage:
         return {"UNet": f"{parameters:,} parameters on {next(unet.parameters()).device}"}
 
     def remarks(self) -> Iterable[str]:
-        return sentences(self.on_native)
+        return sentences(self.on_native, self.native.resolution)
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
         return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nai_xl.compare.__main__ import main
-from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.comparison import Comparison, compare
+from nai_xl.compare.question import Question
 from nai_xl.compare.runs.directory import read_directory
 from tests.compare.losses import ASKED, BAD, BASE, EFFECTS, GOOD, LOST, METRICS, QUESTION, SAME, Command, sheet
 from tests.synthetic import write_run

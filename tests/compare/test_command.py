@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.comparison import Comparison, compare
 from nai_xl.compare.figures.method import method
+from nai_xl.compare.question import Question
 from nai_xl.compare.report import delivery
 from nai_xl.compare.runs import from_mlflow
 from nai_xl.compare.runs.directory import read_directory
@@ -117,7 +118,39 @@ def test_runs_outside_of_a_sweep_are_named_by_what_differs(told: Command, tmp_pa
         (path / "params.json").write_text(json.dumps({"params": {**choices, "optimizer.lr": 1}, "tags": {}}))
     out = told(*(str(tmp_path / f"{rate}-{seed}") for rate in ("0.001", "0.002") for seed in (0, 1)))
     assert re.search(r"slow +baseline", out) and "fast" in out and "lr=" not in out
-    assert (tmp_path / "compare-runs" / "report.html").is_file()
+    assert len(list(tmp_path.glob("compare-runs-*/report.html"))) == 2  # other baselines, by name, are two questions
+
+
+def test_a_question_has_one_folder_and_another_question_another(told: Command, tmp_path: Path) -> None:
+    for loss in ("uniform", "minsnr", "edm"):
+        for seed in range(2):
+            question = {"name": "s", "question": "Which?", "baseline": "loss=uniform", "metrics": ["val/loss"]}
+            effect = {"val/loss": 0.1, "color/error": 0.1}
+            write_run(tmp_path, {"loss": loss}, seed, effect=effect, sweep="s", question=question)
+    write_run(tmp_path, {"rate": "1"}, 0, effect={"val/loss": 0.1}, sweep="other", overrides=["optimizer.lr=1"])
+    sweep = ["sweep=s", f"output_dir={tmp_path}"]
+
+    def folders() -> set[str]:
+        return {path.parent.name for path in tmp_path.glob("compare-*/report.html")}
+
+    told(*sweep)
+    own = (tmp_path / "compare-s" / "report.html").read_bytes()
+    asked = [
+        [*sweep, "baseline=loss=minsnr"],
+        [*sweep, "metrics=color/error"],
+        [f"{tmp_path / 'uniform-0'}", f"{tmp_path / 'minsnr-0'}"],
+        [f"{tmp_path / 'uniform-0'}", f"{tmp_path / '1-0'}"],
+    ]
+    for number, arguments in enumerate(asked, start=2):
+        told(*arguments)
+        assert len(folders()) == number and (tmp_path / "compare-s" / "report.html").read_bytes() == own
+    for arguments in [*asked, [*sweep, "baseline=loss=uniform", "metrics=val/loss"]]:
+        told(*arguments)
+    assert len(folders()) == 5  # the same question, the same folder
+    assert len({name for name in folders() if name.startswith("compare-s-")}) == 3
+    assert len({name for name in folders() if name.startswith("compare-runs-")}) == 1
+    (other,) = [path for path in tmp_path.glob("compare-s-*/report.html") if "baseline loss=minsnr" in path.read_text()]
+    assert "Which? (baseline loss=minsnr)" in other.read_text()
 
 
 def test_margin_and_wanted_difference_are_settings_of_the_command(told: Command, outputs: Path, tmp_path: Path) -> None:
@@ -200,7 +233,9 @@ def test_runs_whose_directories_are_elsewhere_come_from_mlflow(
     out = told("runs=tags.sweep = 'far'", f"uri={uri}", f"output_dir={tmp_path}", "baseline=loss=uniform")
     monkeypatch.setattr(from_mlflow, "PAGE", 4)
     assert len(from_mlflow.search_mlflow(uri, "tags.sweep = 'far'")[1]) == 6
-    assert re.search(r"minsnr +better", out) and (tmp_path / "compare-far" / "report.html").is_file()
+    assert re.search(r"minsnr +better", out) and len(list(tmp_path.glob("compare-far-*/report.html"))) == 1
+    told("runs=tags.sweep = 'far'", f"uri={uri}", f"output_dir={tmp_path}")
+    assert (tmp_path / "compare-far" / "report.html").is_file()
     assert "selects no run" in told("runs=tags.sweep = 'none'", f"uri={uri}", status=1)
     assert "MLflow at" in told("runs=tags.sweep is odd", f"uri={uri}", status=1)
 

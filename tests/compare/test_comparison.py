@@ -12,14 +12,16 @@ from matplotlib.axes import Axes
 from omegaconf import OmegaConf
 
 from nai_xl.compare.arms import group
-from nai_xl.compare.comparison import Comparison, Question, compare
+from nai_xl.compare.comparison import Comparison, compare
 from nai_xl.compare.figures import curves
 from nai_xl.compare.figures.canvas import Drawn
+from nai_xl.compare.question import Question
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.wording import answer, markdown, remarks, said
+from nai_xl.errors import UserError
 from nai_xl.record.arm import Arm, write_arm
 from tests.compare.losses import BAD, GOOD, LOST, METRICS, SAME
 from tests.synthetic import write_run
@@ -275,6 +277,20 @@ def test_arms_stand_in_natural_order_under_short_names() -> None:
     assert names({"a": "x", "ema": "none"}, {"a": "y", "ema": "standard"}) == ["x + ema=none", "y + standard"]
 
 
+def test_without_a_named_baseline_it_is_the_first_arm_as_typed(tmp_path: Path) -> None:
+    """Not the first by alphabet; runs of before places were noted stand in the order of their names."""
+    for place, loss in enumerate(("uniform", "minsnr", "edm")):
+        for seed in range(2):
+            path = write_run(tmp_path, {"loss": loss}, seed, effect={"val/loss": 0.1})
+            arm = json.loads((path / "arm.json").read_text())
+            places = {"choices": 2 * place + seed}
+            (path / "arm.json").write_text(json.dumps(arm if loss == "edm" else {**arm, "places": places}))
+    runs = [read_directory(path, {}, "choices") for path in sorted(tmp_path.iterdir())]
+    found = compare(runs, Question("choices"))
+    assert found.baseline == "loss=uniform" and list(found.names.values()) == ["uniform", "minsnr", "edm"]
+    assert any("no baseline was named, so the first arm, loss=uniform, is it" in note for note in found.notes)
+
+
 def test_markdown_is_a_table_of_every_row(found: Comparison) -> None:
     assert markdown(found).count("\n| ") == 1 + len(found.rows)
 
@@ -288,3 +304,50 @@ def test_an_arm_that_has_not_begun_is_no_obstacle(outputs: Path, tmp_path: Path)
     found = compare([read_directory(path, {}, "losses") for path in paths], Question("x", baseline="loss=uniform"))
     assert {row.verdict for row in found.rows if row.arm == "loss=soft"} == {"not measured"}
     assert OmegaConf.load(outputs / "uniform-0" / "config.yaml").sweep.name == "losses"
+
+
+def measured(name: str, arm: dict[str, str], seed: int, *metrics: str) -> Run:
+    curves = {metric: {100: 1.0 + seed + len(name)} for metric in metrics}
+    return Run(f"{name}-{seed}", arm, seed, curves=curves, images=1600, steps=100)
+
+
+VAL = ("val/loss", "val/loss_band_0_250", "val/x0_loss", "val/x0_loss_terminal", "val/x0_loss_logsnr_3")
+
+
+def test_metrics_that_lose_their_meaning_over_what_varies_are_left_out_unless_named() -> None:
+    runs = [
+        measured(name, {"schedule": name, "loss": loss}, seed, *VAL, "train/loss")
+        for name, loss in (("ztsnr", "minsnr"), ("cosine", "uniform"))
+        for seed in range(3)
+    ]
+    found = compare(runs, Question("x"))
+    assert found.metrics == ["val/x0_loss_logsnr_3"] and found.targets == []
+    notes = " ".join(found.notes)
+    assert "val/loss cannot be compared between arms of different schedule, and is left out; metrics=val/loss" in notes
+    assert "val/x0_loss cannot" in notes and "band" not in notes and "train/loss" not in notes
+    named = compare(runs, Question("x", metrics=["val/loss"]))
+    assert named.metrics == ["val/loss"] and named.rows[0].verdict and named.targets
+    assert "of different schedule, and is compared because it was named" in " ".join(named.notes)
+    losses = [replace(run, arm={"loss": run.arm["loss"]}) for run in runs]
+    assert compare(losses, Question("x")).metrics == ["val/loss", "val/x0_loss"]
+    by_config = [replace(run, config={"schedule.base.beta_end": run.arm["loss"]}) for run in losses]
+    assert compare(by_config, Question("x")).metrics == ["val/x0_loss_logsnr_3"]
+
+
+def test_the_training_loss_alone_is_not_compared_between_weightings() -> None:
+    runs = [measured(name, {"loss": name}, seed, "train/loss") for name in ("minsnr", "uniform") for seed in range(3)]
+    with pytest.raises(UserError, match=r"(?s)nothing to compare.*train/loss cannot be .* of different loss"):
+        compare(runs, Question("x"))
+    assert compare(runs, Question("x", metrics=["train/loss"])).metrics == ["train/loss"]
+    rates = [replace(run, arm={"optimizer.lr": run.arm["loss"]}) for run in runs]
+    assert compare(rates, Question("x")).metrics == ["train/loss"]
+
+
+def test_arms_that_take_their_images_in_different_orders_are_told_once() -> None:
+    """With another canvas or batch, a position of the run holds another image, although the seed is the same."""
+    for key in ("bucketing", "native.resolution", "run.batch_size", "data.held_out"):
+        runs = [measured(name, {key: name}, seed, "color/error") for name in "ab" for seed in range(3)]
+        (told,) = [note for note in compare(runs, Question("x")).notes if "different orders" in note]
+        assert told.startswith(f"the arms differ in {key.removesuffix('.held_out')}, so with one seed")
+        runs = [replace(run, arm={"loss": run.arm[key]}) for run in runs]
+        assert not any("different orders" in note for note in compare(runs, Question("x")).notes)

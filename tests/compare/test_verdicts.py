@@ -9,7 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
-from nai_xl.compare.comparison import Question, compare
+from nai_xl.compare.comparison import compare
+from nai_xl.compare.question import Question
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.verdicts import (
     Claims,
@@ -21,6 +22,7 @@ from nai_xl.compare.verdicts import (
     parse_margin,
     verdict,
 )  # fmt: skip
+from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Evaluator
 from tests.compare.losses import Command
@@ -89,6 +91,9 @@ def test_every_evaluator_keeps_the_whole_contract(option: str) -> None:
     assert set(kind.better.values()) <= {"lower", "higher"} and kind.changes_weights is False
     assert all(parse_margin(margin)[0] > 0 for margin in kind.equal_within.values())
     assert all(callable(member) for member in (kind.texts, kind.held_out, kind.run))
+    cfg = config.compose([f"evals=[{option}]"])
+    for key in {key for keys in [*kind.incomparable_over.values(), *Meter.incomparable_over.values()] for key in keys}:
+        assert key in config.groups() or OmegaConf.select(cfg, key) is not None, f"there is no setting {key}"
 
 
 def test_the_longest_beginning_counts() -> None:
@@ -141,7 +146,9 @@ def test_a_plug_in_declares_its_own_directions(plugin: str) -> None:
         for seed in range(3)
     ]
     assert compare(runs, Question("x", baseline="loss=a"), directions).rows[0].verdict == "better"
-    assert compare(runs, Question("x", baseline="loss=a")).rows[0].verdict == "higher"
+    assert compare(runs, Question("x", "", "loss=a", ["sharp/edges"])).rows[0].verdict == "higher"
+    (unasked,) = compare(runs, Question("x", baseline="loss=a")).rows  # shown, but no share of the adjustment
+    assert unasked.verdict == "no verdict" and unasked.effect is not None and unasked.p_holm is None
 
 
 def test_an_evaluator_that_is_not_here_or_declares_nothing_is_no_obstacle(plugin: str) -> None:

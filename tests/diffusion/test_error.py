@@ -121,3 +121,13 @@ def test_half_precision_prediction_gives_a_single_precision_error(name: str) -> 
 def test_threshold_without_meaning_is_refused_before_anything_is_loaded(error: PointwiseError, name: str) -> None:
     with pytest.raises(ChoiceError, match=rf"^error\.{name}=.*: must be positive and finite"):
         Objective(SCHEDULE, V(), timesteps.uniform, loss.uniform, error)
+
+
+def test_a_scheduled_threshold_for_another_schedule_is_refused() -> None:
+    """On 400 timesteps it would end at delta^0.4 and never be as small as asked for."""
+    short = scaled_linear(timesteps=400)
+    with pytest.raises(ChoiceError, match=r"^error\.timesteps=1000: the schedule has 400; set error\.timesteps=400"):
+        Objective(short, V(), timesteps.uniform, loss.uniform, pointwise.scheduled_huber)
+    error = functools.partial(pointwise.scheduled_huber, timesteps=400)
+    Objective(short, V(), timesteps.uniform, loss.uniform, error)
+    assert SCHEDULE.at(torch.tensor([0.5])).timesteps == 1000

@@ -147,3 +147,20 @@ def test_what_it_says_of_painted_truths(studio: Make, monkeypatch: pytest.Monkey
         assert values[f"coherence/cut{suffix}"] == 0
     items = read_items(scene.run_dir, "coherence/count_error_2x")[4]
     assert len(items) == 8 and sum(items.values()) == 8 * wrong
+
+
+def test_a_sample_without_any_body_is_good_by_no_measure() -> None:
+    """An arm that paints nothing must not win; what is measured beside that is the mean less coherence/empty."""
+    evaluator = Coherence(every=1, count=4)
+    name, scene = next(iter(evaluator.scenes.items()))
+    values = evaluator.measure(name, Picture(scene, 128, 128, draws(0, 1)).rgb() * 0)
+    assert values == {
+        "coherence/count_error": scene.number,
+        "coherence/right": False,
+        "coherence/too_many": True,
+        "coherence/cut": 1,
+        "coherence/empty": True,
+    }
+    whole = evaluator.measure(name, Picture(scene, 128, 128, draws(0, 1)).rgb())
+    assert not whole["coherence/empty"] and not whole["coherence/too_many"] and whole["coherence/cut"] == 0
+    assert set(values) == set(evaluator.better)

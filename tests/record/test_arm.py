@@ -52,6 +52,17 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path, monkeypatch: 
         raise ZeroDivisionError
 
 
+def test_the_place_among_all_arms_is_kept_whatever_selection_is_trained(tmp_path: Path) -> None:
+    for place in (1, 4, 0):
+        write_arm(tmp_path, Arm("s", {"loss": "uniform"}, status="FINISHED", place=place))
+    found = read_arm(tmp_path)
+    assert found and found.places == {"s": 4}
+    ArmRecord(RunDirectory(tmp_path), Arm("s", {"loss": "uniform"}, place=6)).adopt(found)
+    assert (read_arm(tmp_path) or found).places == {"s": 6}
+    ArmRecord(RunDirectory(tmp_path), Arm("t", {"loss": "uniform"}, place=2)).adopt(found)
+    assert (read_arm(tmp_path) or found).places == {"s": 6, "t": 2}
+
+
 def test_a_run_can_be_an_arm_of_two_sweeps(tmp_path: Path) -> None:
     write_arm(tmp_path, Arm("first", {"loss": "uniform"}, 0, "00000000", "FINISHED", steps=7))
     other = ArmRecord(RunDirectory(tmp_path), Arm("second", {"lr": 1e-3}, 0, "00000000"))

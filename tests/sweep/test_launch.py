@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.nai_xl_sweep import as_overrides, listed, varied
 from nai_xl import config
+from nai_xl.compare.comparable import leading
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Arm, read_arm
 from nai_xl.sweep.board import Row, print_table, progress
@@ -29,6 +30,7 @@ from nai_xl.sweep.machine import slots
 from nai_xl.sweep.processes import Program, Running, run_all, why
 from nai_xl.sweep.settings import SweepSettings
 from nai_xl.tracker.mlflow.sweep import MlflowSweep
+from nai_xl.tracker.mlflow.view import view
 from nai_xl.tracker.sweep import SweepTracker
 from nai_xl.train import main
 from tests.conftest import SMALL
@@ -178,6 +180,9 @@ def test_arms_that_are_listed_one_by_one_are_trained_with_every_seed(
     found = [read_arm(path.parent) for path in (folder / "outputs").glob("*/arm.json")]
     names = ["loss=minsnr,loss.gamma=1", "loss=minsnr,loss.gamma=20", "loss=uniform"]
     assert sorted((arm.label, arm.seed) for arm in found if arm) == [(name, i) for name in names for i in (0, 1)]
+    assert [arm.label for arm in sorted(found, key=lambda arm: arm.places[arm.sweep])][::2] == [  # type: ignore
+        "loss=uniform", "loss=minsnr,loss.gamma=1", "loss=minsnr,loss.gamma=20",
+    ]  # fmt: skip  # as typed, although the second was trained first
     assert {(arm.sweep, arm.status) for arm in found if arm} == {("loss-loss.gamma", "FINISHED")}
     assert sweep(monkeypatch, *command, "loss=p2") == 1
     assert "error: loss=p2: no arm of sweep.arms has that; there is uniform, minsnr" in capsys.readouterr().err
@@ -502,3 +507,17 @@ def test_progress_is_the_last_state_of_the_last_bar() -> None:
     bar = "encoding latents:  50%|##   | 4/8\r  3% |#    | 3/100 steps, 00:09 left, loss 0.2\r"
     assert progress(f"words\n{bar}\nsaved\n") == "3% |#    | 3/100 steps, 00:09 left, loss 0.2"
     assert progress("importing\n") == "starts"
+
+
+def test_a_table_leads_with_what_keeps_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    """Training losses of unlike weightings, and val/loss of unlike schedules, are not set side by side."""
+    cfg = config.compose(["evals=[sample_grid,val_loss,color]"])
+    assert leading(cfg, ["optimizer.lr"])[0] == "val/loss" and "train/loss" in leading(cfg, ["optimizer.lr"])
+    assert leading(cfg, ["schedule", "loss"])[:2] == ["val/x0_loss_logsnr_0", "color/error"]
+    assert "train/loss" not in leading(cfg, ["schedule", "loss"])
+    assert leading(config.compose([]), ["loss"]) == [] and leading(config.compose([]), ["lr"]) == ["train/loss"]
+    print_table("s", [Row("loss=p2", "FINISHED", 4, 1.0, 0.25, Path("out"))], "color/error")
+    assert "color/error" in (told := capsys.readouterr().out) and "0.2500" in told and "train/loss" not in told
+    print_table("s", [Row("loss=p2", "FINISHED", 4, 1.0, None, Path("out"))], None)
+    assert "loss=p2" in (told := capsys.readouterr().out) and "train/loss" not in told
+    assert json.loads(view("s", ["loss"], [], []))["compareRunCharts"][0]["type"] != "PARALLEL"

@@ -55,6 +55,14 @@ def test_summary_is_one_run_however_often_it_is_made(uri: str, tmp_path: Path) -
     assert described == ["- **ends**: Does it end?", "- **other**: And this?"]
 
 
+def test_a_summary_keeps_no_metric_that_its_report_has_no_more(uri: str) -> None:
+    for metrics in ({"val/loss/a": 1.0, "val/loss/b": 2.0}, {"val/loss/a": 3.0}):
+        log_summary("fewer", "Which?", [], metrics, uri=uri, experiment="e")
+    store = MlflowClient(tracking_uri=uri)
+    (run,) = store.search_runs([store.get_experiment_by_name("e").experiment_id], "tags.sweep_summary = 'fewer'")
+    assert run.data.metrics == {"val/loss/a": 3.0}
+
+
 def test_report_too_long_for_a_description_leaves_the_question_there(uri: str, tmp_path: Path) -> None:
     report = tmp_path / "report.md"
     report.write_text("long " * 2000)

@@ -28,6 +28,8 @@ def write(found: Comparison, folder: Path, figures: Figures) -> Sequence[Path]:
         (folder / "report.md").write_text(markdown(found), encoding="utf-8")
         text = json.dumps(as_json(found), indent=2, default=str, allow_nan=False)
         data.write_text(text + "\n", encoding="utf-8")
+        for old in {*folder.glob("*.png")} - {folder / f"{name}.png" for name in figures}:
+            old.unlink()  # of an earlier report, when there was more to draw
         for name, (drawn, _) in figures.items():
             (folder / f"{name}.png").write_bytes(drawn.png)
         write_atomically(html, lambda path: path.write_text(page(found, figures), encoding="utf-8"))

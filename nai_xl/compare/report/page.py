@@ -19,10 +19,12 @@ from nai_xl.compare.power import SEEDS, Power, needed, power
 from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.naming import word
 from nai_xl.compare.wording import (
+    CONTRAST_COLUMNS,
     DASH,
     about,
     answer,
     change,
+    contrast_cells,
     interval,
     narrower,
     number,
@@ -63,6 +65,8 @@ def page(found: Comparison, figures: Figures) -> str:
         results=[_results(found, metric) for metric in found.metrics],
         notes=[*found.notes, *remarks(found)],
         figures=_pictures(figures),
+        contrast_columns=CONTRAST_COLUMNS,
+        contrasts=[contrast_cells(one) for one in found.contrasts],
         target_columns=TARGET_COLUMNS,
         target_metric=found.targets[0].metric if found.targets else "",
         targets=[_target(target, found.names[target.arm]) for target in found.targets],

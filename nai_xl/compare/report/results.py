@@ -69,6 +69,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
             ],
             "results": [{**tidy(found, row), "seeds": list(row.seeds), "notes": list(row.notes)} for row in found.rows],
             "power": [asdict(one) for one in power(found, found.asked.detect)],
+            "contrasts": [asdict(one) for one in found.contrasts],
             "images_to_target": [asdict(target) for target in found.targets],
             "cost": [asdict(cost) for cost in found.costs],
             "differences": found.differences,

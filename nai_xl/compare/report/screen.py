@@ -11,7 +11,18 @@ from rich.text import Text
 
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.power import needed
-from nai_xl.compare.wording import about, change, interval, narrower, number, p_value, percent, remarks, said
+from nai_xl.compare.wording import (
+    about,
+    change,
+    contrast_cells,
+    interval,
+    narrower,
+    number,
+    p_value,
+    percent,
+    remarks,
+    said,
+)
 
 SHADES = {"better": "bold blue", "worse": "bold red", "higher": "bold", "lower": "bold", "equal": "bold green"}
 
@@ -51,6 +62,11 @@ def show(found: Comparison, files: Sequence[Path]) -> None:
     made = table(found)
     Console(highlight=False, width=Console(width=1000).measure(made).maximum).print(made)
     console.print()
+    if found.contrasts:
+        console.print("main effects and interactions", style="bold")
+        for one in found.contrasts:
+            console.print("  ".join(contrast_cells(one)), markup=False)
+        console.print()
     for line in [*found.notes, *remarks(found), *needed(found)]:
         console.print(f"- {line}", markup=False)
     console.print(f"report: {files[0]}", markup=False)

@@ -40,6 +40,7 @@ def read_directory(path: Path, config: Mapping[str, Any], sweep: str = "") -> Ru
         curves=measured,
         config=config,
         path=path,
+        place=arm.places.get(sweep or arm.sweep or ""),
     )
 
 

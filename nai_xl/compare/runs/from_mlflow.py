@@ -62,4 +62,5 @@ def read_mlflow(client: MlflowClient, found: MlflowRun) -> Run:
         steps=max((step for curve in curves.values() for step in curve), default=None),
         curves=curves,
         config=params,
+        place=int(place) if (place := params.get("sweep.place", "")).isdigit() else None,
     )

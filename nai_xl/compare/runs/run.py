@@ -18,7 +18,8 @@ class Run:
     """One arm with one seed.
 
     `arm`: the values of the swept keys, without the seed. `config`: 'loss' -> minsnr, if the choice is known, and
-    'optimizer.lr' -> 1e-3.
+    'optimizer.lr' -> 1e-3. `place`: among the runs of its sweep, in the order that they were typed in; None if that is
+    not known.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Run:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    place: int | None = None
 
     @property
     def label(self) -> str:

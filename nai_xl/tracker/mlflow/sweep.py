@@ -132,15 +132,16 @@ def log_summary(
     experiment: str = "nai_xl",
 ) -> str:
     """Log the report on a sweep, its figures and its numbers in one run `summary <sweep>`, tagged sweep_summary. A
-    second call goes on with that run. A report in Markdown is the run's description too, if it is short enough. The
-    question is added to the experiment's description. Returns the address of the run's page.
+    second call goes on with that run, or replaces it if it has metrics that the report no longer has. A report in
+    Markdown is the run's description too, if it is short enough. The question is added to the experiment's description.
+    Returns the address of the run's page.
 
     Raises UserError when the store does not answer.
     """
     uri = uri or default_uri()
     with _answering(uri, "python -m nai_xl.sync RUN_DIR --uri=... sends runs to another store"):
         client, experiment_id = open_store(uri, experiment)
-        run = _summary(client, experiment_id, sweep)
+        run = _summary(client, experiment_id, sweep, metrics)
         run_id = str(run.info.run_id)
         client.set_tag(run_id, NOTE, _description(question, files), synchronous=True)
         for path in files:
@@ -161,10 +162,11 @@ def _answering(uri: str, cure: str) -> Iterator[None]:
         raise UserError(f"the MLflow store {uri} does not answer ({one_line(error)}); {cure}") from error
 
 
-def _summary(client: MlflowClient, experiment_id: str, sweep: str) -> Run:
-    found = client.search_runs([experiment_id], f"tags.sweep_summary = '{sweep}'")
-    if found:
-        return found[0]
+def _summary(client: MlflowClient, experiment_id: str, sweep: str, metrics: Mapping[str, float]) -> Run:
+    for run in client.search_runs([experiment_id], f"tags.sweep_summary = '{sweep}'"):
+        if run.data.metrics.keys() <= metrics.keys():
+            return run
+        client.delete_run(run.info.run_id)  # MLflow cannot delete a metric alone
     tags = {"sweep_summary": sweep, "mlflow.source.name": "nai_xl.compare", "mlflow.source.type": "LOCAL"}
     return client.create_run(experiment_id, run_name=f"summary {sweep}", tags=tags)
 

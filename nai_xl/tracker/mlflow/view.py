@@ -23,19 +23,18 @@ def view_tag(sweep: str) -> str:
 
 
 def view(sweep: str, keys: Sequence[str], metrics: Sequence[str], shared: Sequence[str]) -> str:
-    """The view before the arms start, with the varied `keys` and the compared `metrics` first. `shared`: the keys that
-    every arm has.
+    """The view before the arms start, with the varied `keys` and the compared `metrics` first; without any, there is
+    no chart of choices against results. `shared`: the keys that every arm has.
     """
     columns = ["attributes.`Duration`", *(f"params.`{key}`" for key in dict.fromkeys([*keys, "run.seed"]))]
-    compared = list(metrics) or ["train/loss"]
     content = {
         "searchFilter": f"tags.`{member_tag(sweep)}` = 'arm'",
         "orderByKey": "attributes.start_time",
         "orderByAsc": True,
-        "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in compared)],
+        "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in metrics)],
         "runsHiddenMode": "SHOW_ALL",  # without it, charts leave out every arm after the tenth
-        "compareRunCharts": [_choices(shared, compared), *map(_pictures, ("samples", "method"))],
-        "compareRunSections": _groups(compared),
+        "compareRunCharts": [*([_choices(shared, metrics)] if metrics else []), *map(_pictures, ("samples", "method"))],
+        "compareRunSections": _groups(metrics),
         "isAccordionReordered": True,  # else the groups are sorted by name
     }
     return json.dumps(content)
