@@ -74,7 +74,8 @@ def find_baseline(arms: Sequence[ArmRuns], named: str) -> ArmRuns:
     if not named:
         return arms[0]
     wanted = {part.strip() for part in re.split(r",(?![^\[]*\])", named)}
-    found = [arm for arm in arms if wanted <= {f"{key}={value}" for key, value in arm.choices.items()}]
+    said = {arm.label: {f"{key}={value}" for key, value in arm.choices.items()} for arm in arms}
+    found = [arm for arm in arms if wanted == said[arm.label]] or [arm for arm in arms if wanted <= said[arm.label]]
     found = found or [arm for arm in arms if named == arm.label]
     if len(found) != 1:
         known = "; ".join(arm.label.replace(", ", ",") for arm in arms)

@@ -84,6 +84,8 @@ def said(row: Row) -> str:
         return f"equal within {in_words(row.margin or DASH)}"
     if row.verdict == UNDECIDED and row.seeds_needed:
         return f"undecided, about {row.seeds_needed} seeds"
+    if row.verdict == UNDECIDED and row.effect and row.effect.items > 1:
+        return "undecided, more items needed"
     return row.verdict
 
 

@@ -265,6 +265,12 @@ def test_the_same_arm_and_seed_twice_counts_once_and_is_said() -> None:
     assert arms[0].runs[0].name == "again" and notes == ["loss=a has seed 0 twice: again counts, a-0 is left out"]
 
 
+def test_an_arm_named_with_all_of_its_keys_is_meant_though_another_has_more() -> None:
+    arms = [{"lr": "1"}, {"lr": "1", "memory": "[tf32]"}]
+    runs = [Run(f"{i}-{s}", arm, s, curves={"val/loss": {1: 1.0}}) for i, arm in enumerate(arms) for s in (0, 1)]
+    assert compare(runs, Question("x", baseline="lr=1")).baseline == "lr=1"
+
+
 def test_arms_stand_in_natural_order_under_short_names() -> None:
     def names(*arms: dict[str, str]) -> list[str]:
         runs = [Run(str(i), arm, 0, curves={"val/loss": {1: 1.0}}) for i, arm in enumerate(arms)]
