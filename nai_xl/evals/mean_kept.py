@@ -51,6 +51,7 @@ class MeanKept:
 
     better: ClassVar[Mapping[str, Direction]] = {}  # 1 is best
     equal_within: ClassVar[Mapping[str, str]] = {}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 

@@ -46,6 +46,7 @@ class Optimality:
 
     better: ClassVar[Mapping[str, Direction]] = {"optimality/": "lower"}
     equal_within: ClassVar[Mapping[str, str]] = {}
+    incomparable_over: ClassVar[Mapping[str, Sequence[str]]] = {}
     changes_weights: ClassVar[bool] = False
     looks_at: ClassVar[str] = "text_to_image"
 
