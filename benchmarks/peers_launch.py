@@ -246,11 +246,19 @@ READY = {"sd-scripts": ready_sd_scripts, "diffusers": ready_diffusers}
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     capture = Capture(spec["steps"], Path(spec["out"])) if spec["capture"] else None
-    clock = Clock(spec["warmup"], spec["steps"], Path(spec["out"]))
-    after_backward(capture.after_backward if capture else lambda loss: clock.mark())
+    if capture:
+        after_backward(capture.after_backward)
+    elif spec["steps"]:
+        clock = Clock(spec["warmup"], spec["steps"], Path(spec["out"]))
+        after_backward(lambda loss: clock.mark())
     Accelerator.init_trackers = lambda *_, **__: None
+    replaced: list[str] = []
     if spec["fused_adamw"]:
         fuse_adamw()
+    if spec["trainer"] in READY:
+        from peers_standins import stand_in  # beside this file; what is missing in the trainer's environment
+
+        replaced = stand_in()
     sys.path[0] = spec["root"]
     sys.argv = [spec["script"], *spec["arguments"]]
     if spec["trainer"] in READY:
@@ -260,7 +268,9 @@ def main() -> None:
         runpy.run_path(spec["script"], run_name="__main__")
     else:
         runpy.run_module(spec["script"], run_name="__main__", alter_sys=True)
-    sys.exit(f"the run ended before {spec['warmup']} + {spec['steps']} steps")
+    if spec["steps"]:
+        sys.exit(f"the run ended before {spec['warmup']} + {spec['steps']} steps")
+    Path(spec["out"]).write_text(json.dumps({"versions": versions(), "standins": replaced}), encoding="utf-8")
 
 
 if __name__ == "__main__":
