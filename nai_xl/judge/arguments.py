@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from nai_xl.compare.verdicts import parse_margin
+from nai_xl.config.grid import further
 from nai_xl.config.schema import did_you_mean
 from nai_xl.errors import UserError, keyed
 
@@ -39,7 +40,6 @@ class Request:
     overrides: Sequence[str] = ()
     metrics: Sequence[str] = ()
     equivalence: str = ""
-    config_dir: Path | None = None
 
 
 def arguments(argv: Sequence[str], description: str) -> Request:
@@ -52,25 +52,23 @@ def arguments(argv: Sequence[str], description: str) -> Request:
     settings: list[tuple[str, str]] = []
     for word in given.what:
         key, equals, value = word.partition("=")
-        if not equals or Path(word).exists():
-            name = string.ascii_uppercase[len(sides) % 26]
-            sides[name] = Side(name, _paths(word))
-        elif _head(key) in OF_ALL or "." in key:
+        if equals and not Path(word).exists() and (_head(key) in OF_ALL or "." in key):
             settings.append((key, word))
-        elif re.fullmatch(r"[A-Za-z]\w*", key):
-            sides[key] = Side(key, _paths(value, setting=key))
-        else:
-            raise UserError(f"no setting '{key}' of nai_xl.judge{did_you_mean(key, OF_ALL)}")
+            continue
+        named = equals and not Path(word).exists()
+        name = key if named else string.ascii_uppercase[len(sides) % 26]
+        if name in sides or not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise UserError(f"{word}: '{name}' cannot be the name of this side; write another: NAME=PATH,PATH")
+        sides[name] = Side(name, _paths(value if named else word, name))
     if len(sides) < 2:
         raise UserError(
             "name two models or more, the first being the baseline: python -m nai_xl.judge A B data.dir=DIR"
         )
-    return _sorted(sides, settings, given.config_dir)
+    return _sorted(sides, settings, [further(given.config_dir)] if given.config_dir else [])
 
 
-def _sorted(sides: dict[str, Side], settings: Sequence[tuple[str, str]], config_dir: Path | None) -> Request:
-    """The settings with what they are about: all sides, or one."""
-    overrides: list[str] = []
+def _sorted(sides: dict[str, Side], settings: Sequence[tuple[str, str]], overrides: list[str]) -> Request:
+    """The settings with what they are about: all sides, beside these `overrides`, or one."""
     own: dict[str, str] = {}
     for key, word in settings:
         name, _, rest = key.partition(".")
@@ -90,7 +88,7 @@ def _sorted(sides: dict[str, Side], settings: Sequence[tuple[str, str]], config_
         with keyed("equivalence"):
             parse_margin(equivalence)
     metrics = tuple(filter(None, own.get("metrics", "").strip("[]").split(",")))
-    return Request(list(sides.values()), overrides, metrics, equivalence, config_dir)
+    return Request(list(sides.values()), overrides, metrics, equivalence)
 
 
 def _head(key: str) -> str:
@@ -98,24 +96,22 @@ def _head(key: str) -> str:
     return re.split(r"[.@]", key.lstrip("+~"))[0]
 
 
-def _paths(word: str, setting: str = "") -> list[Path]:
-    """The models of one side: paths with commas between them, patterns filled in."""
+def _paths(word: str, name: str) -> list[Path]:
+    """The models of the side `name`: paths with commas between them, patterns filled in."""
     found: list[Path] = []
     for part in [word] if Path(word).exists() else filter(None, word.split(",")):
-        matching = _matching(Path(part)) if set("*?[") & set(part) and not Path(part).exists() else [Path(part)]
-        if not matching:
-            raise UserError(f"{part}: nothing matches; give {MODEL}")
-        found += matching
+        found += _matching(Path(part)) if set("*?[") & set(part) and not Path(part).exists() else [Path(part)]
     for path in found:
         if not path.exists():
-            meant = get_close_matches(setting, OF_ALL, n=1, cutoff=0.7)
+            meant = get_close_matches(name, OF_ALL, n=1, cutoff=0.7)
             hint = f"; did you mean the setting '{meant[0]}'?" if meant else ""
             raise UserError(f"{path}: no such model{hint}; give {MODEL}")
     if not found:
-        raise UserError(f"{setting or 'side'}: no model named; write {setting or 'A'}=PATH,PATH")
+        raise UserError(f"{name}: no model is named; write {name}=PATH,PATH")
     return found
 
 
 def _matching(pattern: Path) -> list[Path]:
+    """What the pattern names, or itself where that is nothing."""
     root = Path(pattern.anchor or ".")
-    return sorted(root.glob(str(pattern.relative_to(root)) if pattern.anchor else str(pattern)))
+    return sorted(root.glob(str(pattern.relative_to(root)) if pattern.anchor else str(pattern))) or [pattern]

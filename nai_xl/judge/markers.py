@@ -29,7 +29,7 @@ from nai_xl.sample.config import read_config
 
 PREDICTS: Mapping[str, Parameterization] = {p.prediction_type: p for p in (V(), Epsilon(), Sample())}
 MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon"}
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, LEVELS, SDXL_EDGE = 4, 4, 128
 OPEN = "is silent on its schedule: zero terminal SNR or not"
 
 
@@ -100,7 +100,7 @@ def _of_file(path: Path, configs: Path) -> Markers:
         keys, metadata = set(file.keys()), file.metadata() or {}
     v_pred, zero = "v_pred" in keys, "ztsnr" in keys
     spec = MODELSPEC.get(metadata.get("modelspec.prediction_type", ""))
-    found = partial(Markers, "its keys and metadata", path, _latent_edge(configs), curve=scaled_linear())
+    found = partial(Markers, "keys and metadata", path, _latent_edge(configs), curve=scaled_linear())
     unclear = {}
     if v_pred and spec == "epsilon":
         unclear["parameterization"] = "contradicts itself: key v_pred, but modelspec.prediction_type=epsilon"
@@ -164,10 +164,10 @@ def _json(file: Path) -> dict[str, Any]:
 def _latent_edge(folder: Path) -> int:
     """The edge in pixels of the canvas that the UNet is made for. Raises UserError for other latents than SDXL's."""
     unet, vae = (_json(folder / part / "config.json") for part in ("unet", "vae"))
-    if (unet["in_channels"], unet["out_channels"]) != (LATENT_CHANNELS, LATENT_CHANNELS):
-        raise UserError(
-            f"{folder}: its UNet has {unet['in_channels']} latent channels; give a model of {LATENT_CHANNELS}"
-        )
-    if len(vae["block_out_channels"]) != 4:
-        raise UserError(f"{folder}: its autoencoder does not divide the edge by 8; give one that has 4 levels")
-    return int(unet["sample_size"]) * 8
+    channels = {unet.get("in_channels"), unet.get("out_channels"), vae.get("latent_channels")}
+    if channels != {LATENT_CHANNELS}:
+        other = max(channels - {LATENT_CHANNELS}, key=str)
+        raise UserError(f"{folder}: has latents of {other} channels; give a model of {LATENT_CHANNELS}, as SDXL has")
+    if len(vae.get("block_out_channels", ())) != LEVELS:
+        raise UserError(f"{folder}: its autoencoder does not divide the edge by 8; give a model of SDXL's build")
+    return int(unet.get("sample_size") or SDXL_EDGE) * 8

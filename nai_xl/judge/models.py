@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from nai_xl import config
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Parameterization, Schedule
-from nai_xl.judge.arguments import Request, Side
+from nai_xl.judge.arguments import OF_MODELS, Request, Side
 from nai_xl.judge.markers import Markers, read_markers
 
 EXAMPLES = {"parameterization": "v, epsilon or sample", "schedule": "ztsnr or scaled_linear"}
@@ -47,7 +47,7 @@ class Word:
 
     @classmethod
     def about(cls, side: Side, request: Request) -> Word:
-        common = [word for word in request.overrides if _group(word) in EXAMPLES or _group(word) in ("text", "model")]
+        common = [word for word in request.overrides if _group(word) in (*OF_MODELS, "plugins", "hydra")]
         cfg = config.compose([*BASE, *common, *side.overrides])
         config.check(cfg, only=("parameterization", "schedule", "text"))
         return cls(cfg, frozenset(map(_group, side.overrides)), frozenset(map(_group, common)))
@@ -81,11 +81,7 @@ def _of_side(side: Side, request: Request) -> Iterator[Model]:
         try:
             markers = read_markers(path, word.configs)
         except UserError as error:  # told in terms of a training's config
-            text = (
-                str(error)
-                .replace(f"model.path={path}: ", f"{path}: ")
-                .replace("model.config", f"{side.name}.model.config")
-            )
+            text = str(error).replace("model.path=", "").replace("model.config", f"{side.name}.model.config")
             raise UserError(f"{side.name}: {text}") from error
         yield _model(side.name, path, markers, word)
 
@@ -134,8 +130,8 @@ def _settled(
         return said
     if said is not None and not same(said, word.built(group)):
         raise UserError(
-            f"{side}: {path} says otherwise in {markers.where} than {group}=...; set {side}.{group}=... to overrule "
-            f"it, or set {group} for the other sides alone, by their names"
+            f"{side}: {path}: its {markers.where} contradicts {group}=...; set {side}.{group}=... to overrule it, or "
+            f"give {group} to the other sides alone, by their names"
         )
     return word.built(group)
 

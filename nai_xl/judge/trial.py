@@ -20,9 +20,8 @@ from nai_xl.compare.report.screen import show
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.verdicts import better_direction, declared, declared_margins
 from nai_xl.compare.wording import number
-from nai_xl.config.grid import further
 from nai_xl.config.spec import Parts
-from nai_xl.data.index import Index
+from nai_xl.data.index import Index, is_held_out
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Bucket
 from nai_xl.judge.arguments import Request
@@ -121,8 +120,7 @@ def _composed(request: Request, first: Model) -> DictConfig:
     if first.run is not None:
         native["bucket_step"] = int(first.run.native.bucket_step)
     sizes = [f"native.{key}={value}" for key, value in native.items()]
-    folders = [further(request.config_dir)] if request.config_dir else []
-    cfg = config.compose([*folders, *BASE, *DEFAULTS, *sizes, *request.overrides])
+    cfg = config.compose([*BASE, *DEFAULTS, *sizes, *request.overrides])
     config.check(cfg, only=[key for key in MEASURED_WITH if key in cfg])
     return cfg
 
@@ -130,12 +128,11 @@ def _composed(request: Request, first: Model) -> DictConfig:
 def _refuse_trained(judged: Sequence[Model], index: Index) -> None:
     """Raise UserError where an image that is to be looked at is known to be one that a run was trained on."""
     looked_at = {item.content for item in index.held_out or index.items}
-    whole = Index([*index.items, *index.held_out])
     for model in judged:
         if model.run is None or (noted := RunDirectory(model.path).trained_on()) is None:
             continue
         share = float(OmegaConf.select(model.run, "data.held_out") or 0)
-        trained = whole.hold_out(share)
+        trained = Index([item for item in (*index.items, *index.held_out) if not is_held_out(item, share)])
         known = sum(item.content in looked_at for item in trained.items)
         if known and trained.fingerprint() == noted.data:
             mend = f"data.held_out={share:g}, as in its training" if share else "data.dir to images that are new to it"
