@@ -8,6 +8,7 @@ benchmarks/README.md says how the trainers are run.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write
+from common import write
 from peers import HERE, start
 from peers_arms import Arm, Setup, diffusers, images, ours, sd_scripts
 from peers_inputs import HUB_TOKENIZERS, tiny_config
 from torch import nn
 
 from nai_xl import config
-from nai_xl.data.source.drawing import Picture, draw_scene
+from nai_xl.data.source.drawing import Kind, Picture, draw_scene
 from nai_xl.data.source.stored_png import stored_png
 from nai_xl.diffusion.parameterization import Epsilon
 from nai_xl.diffusion.schedule import scaled_linear
@@ -46,7 +47,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """A side of the trial: one trainer with one set of settings. `model`: what it leaves in its output folder."""
+    """A side of the trial: one trainer with one set of settings.
+
+    model: a pattern for the model in its output folder; "" where the folder is the model.
+    """
 
     name: str
     arm: Callable[[Setup, str], Arm]
@@ -59,20 +63,18 @@ def main() -> None:
     work = (options.work or Path(tempfile.mkdtemp(prefix="nai_xl_judge_"))).resolve()
     setup = prepare(options, work)
     entries = sides(options, setup)
-    seconds: dict[str, float] = {}
     standins: dict[str, list[str]] = {}
     for seed in range(options.seeds):
         for entry in entries:
             began = time.perf_counter()
             standins[entry.name] = train(options, setup, entry, seed)
-            seconds[entry.name] = seconds.get(entry.name, 0.0) + time.perf_counter() - began
             print(f"{entry.name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     rows, command = judge(options, setup, entries)
     told = {
         "trained images": options.steps * BATCH,
         "seeds": options.seeds,
         "judged by": command.replace(str(work), "WORK"),
-        "seconds of training": {name: round(value) for name, value in seconds.items()},
+        "scripts": {arm.trainer: fingerprint(arm) for arm in (e.arm(setup, "matched") for e in entries[1:3])},
         "libraries that small stand-ins replaced": {name: sorted(some) for name, some in standins.items() if some},
     }
     write("judge_three_trainers", f"python benchmarks/judge_trainers.py {said(options)}", told, rows)
@@ -86,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--diffusers", type=Path, required=True, help="a checkout of huggingface/diffusers")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has the peers' requirements")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", default="1e-3")
     parser.add_argument("--equivalence", default="5%", help="the largest difference in loss that nobody minds")
     parser.add_argument(
@@ -121,8 +123,9 @@ def prepare(options: argparse.Namespace, work: Path) -> Setup:
     if not setup.model.is_dir():
         write_model(setup.model)
     for trainer in ("nai_xl", "sd-scripts", "diffusers"):
-        write_pictures(images(setup, trainer), range(PICTURES))
-    write_pictures(work / "new", range(PICTURES, PICTURES + NEW))
+        write_pictures(images(setup, trainer), range(PICTURES), ["shapes", "colors"])
+    # a single colour is the same picture in both parts
+    write_pictures(work / "new", range(PICTURES, PICTURES + NEW), ["shapes"])
     (work / "out").mkdir(exist_ok=True)
     return setup
 
@@ -164,7 +167,7 @@ def spread_words(encoder: nn.Module) -> None:
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
 
 
-def write_pictures(folder: Path, numbers: range) -> None:
+def write_pictures(folder: Path, numbers: range, include: Sequence[Kind]) -> None:
     """Square pictures of data=shapes with captions in .txt files, and in diffusers' metadata.jsonl."""
     if folder.is_dir():  # sd-scripts keeps its latents there
         return
@@ -172,7 +175,7 @@ def write_pictures(folder: Path, numbers: range) -> None:
     lines = []
     for number in numbers:
         draw = draws(0, number)
-        drawn = Picture(draw_scene(draw, ["shapes", "colors"]), EDGE, EDGE, draw)
+        drawn = Picture(draw_scene(draw, include), EDGE, EDGE, draw)
         name, caption = f"{number:05}.png", drawn.scene.caption
         (folder / name).write_bytes(stored_png(drawn.places(), drawn.palette()))
         (folder / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
@@ -198,7 +201,7 @@ def sides(options: argparse.Namespace, setup: Setup) -> list[Entry]:
     wrong = f"{float(options.rate) * 10:g}"
     return [
         Entry("ours", ours, partial(own, options.rate), "run-*"),
-        Entry("diffusers", diffusers, theirs, "."),
+        Entry("diffusers", diffusers, theirs, ""),
         Entry("sd_scripts", sd_scripts, as_one_file, "model.safetensors"),
         Entry("ours_rate_x10", ours, partial(own, wrong), "run-*"),
     ]
@@ -230,6 +233,10 @@ def train(options: argparse.Namespace, setup: Setup, entry: Entry, seed: int) ->
     return list(json.loads(done.read_text())["standins"])
 
 
+def fingerprint(arm: Arm) -> str:
+    return f"{Path(arm.script).name}, sha256 {hashlib.sha256(Path(arm.script).read_bytes()).hexdigest()[:16]}"
+
+
 def folder_of(setup: Setup, entry: Entry, seed: int) -> Path:
     return setup.work / "out" / f"{entry.name}-{seed}"
 
@@ -241,16 +248,17 @@ def judge(options: argparse.Namespace, setup: Setup, entries: Sequence[Entry]) -
     """The verdicts as rows, and the command line that gives them."""
     words = []
     for entry in entries:
-        paths = [next(folder_of(setup, entry, seed).glob(entry.model)) for seed in range(options.seeds)]
+        folders = (folder_of(setup, entry, seed) for seed in range(options.seeds))
+        paths = [next(folder.glob(entry.model)) if entry.model else folder for folder in folders]
         words.append(f"{entry.name}={','.join(map(str, paths))}")
     words += [
         f"sd_scripts.model.config={setup.model}",
         f"data.dir={setup.work / 'new'}",
         "bucketing=square",
-        "evals=[val_loss,color]",
+        "evals=[val_loss]",
+        "evals.val_loss.timesteps=1",  # beside the log-SNR levels
         f"evals.val_loss.count={NEW}",
         f"equivalence={options.equivalence}",
-        "metrics=val/x0_loss_logsnr",
         f"output_dir={setup.work}",
         "name=trainers",
     ]
@@ -258,10 +266,10 @@ def judge(options: argparse.Namespace, setup: Setup, entries: Sequence[Entry]) -
         trial = Trial.of(arguments(words, description=""))
         print(*trial.introduced(), sep="\n", flush=True)
         trial.run()
-    shutil.copy(setup.work / "judge-trainers" / "report.md", RESULTS / "judge_three_trainers_report.md")
     found = json.loads((setup.work / "judge-trainers" / "results.json").read_text())
     kept = "metric arm verdict mean baseline_mean percent low high p_holm p_equal margin seeds items".split()
-    return [{key: row[key] for key in kept} for row in found["results"]], "python -m nai_xl.judge " + " ".join(words)
+    rows = [{**{key: row[key] for key in kept}, "arm": row["arm"].removeprefix("model=")} for row in found["results"]]
+    return rows, "python -m nai_xl.judge " + " ".join(words)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -159,8 +160,21 @@ def mend_transformers() -> None:
         sys.modules["transformers"].CLIPFeatureExtractor = processor  # type: ignore[attr-defined]
 
 
+def mend_names() -> None:
+    """transformers 5.6 dropped a level of the first text encoder's names, which single files have."""
+    util: Any = importlib.import_module("library.sdxl_model_util")
+    inner = util.save_stable_diffusion_checkpoint
+
+    def save(file: str, encoder: nn.Module, *more: Any, **further: Any) -> Any:
+        named = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
+        return inner(file, SimpleNamespace(state_dict=lambda: named), *more, **further)
+
+    util.save_stable_diffusion_checkpoint = save
+
+
 def ready_sd_scripts(spec: dict[str, Any], capture: Capture | None) -> None:
     mend_transformers()
+    mend_names()
     unet = importlib.import_module("library.sdxl_original_unet")
     config = json.loads(Path(spec["unet_config"]).read_text())
     if config["block_out_channels"][0] != SDXL_WIDTH:

@@ -67,6 +67,7 @@ FLOORS: list[tuple[str, dict[str, str]]] = [
             "plan": "memory and cost",
             "sample": "a finished run",
             "compare": "sweep to answer",
+            "judge": "models to answer",
             "sweep": "arms to train",
             "docs": "option pages",
         },
