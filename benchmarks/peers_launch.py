@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -159,8 +160,21 @@ def mend_transformers() -> None:
         sys.modules["transformers"].CLIPFeatureExtractor = processor  # type: ignore[attr-defined]
 
 
+def mend_names() -> None:
+    """transformers 5.6 dropped a level of the first text encoder's names, which single files have."""
+    util: Any = importlib.import_module("library.sdxl_model_util")
+    inner = util.save_stable_diffusion_checkpoint
+
+    def save(file: str, encoder: nn.Module, *more: Any, **further: Any) -> Any:
+        named = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
+        return inner(file, SimpleNamespace(state_dict=lambda: named), *more, **further)
+
+    util.save_stable_diffusion_checkpoint = save
+
+
 def ready_sd_scripts(spec: dict[str, Any], capture: Capture | None) -> None:
     mend_transformers()
+    mend_names()
     unet = importlib.import_module("library.sdxl_original_unet")
     config = json.loads(Path(spec["unet_config"]).read_text())
     if config["block_out_channels"][0] != SDXL_WIDTH:
@@ -246,11 +260,19 @@ READY = {"sd-scripts": ready_sd_scripts, "diffusers": ready_diffusers}
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     capture = Capture(spec["steps"], Path(spec["out"])) if spec["capture"] else None
-    clock = Clock(spec["warmup"], spec["steps"], Path(spec["out"]))
-    after_backward(capture.after_backward if capture else lambda loss: clock.mark())
+    if capture:
+        after_backward(capture.after_backward)
+    elif spec["steps"]:
+        clock = Clock(spec["warmup"], spec["steps"], Path(spec["out"]))
+        after_backward(lambda loss: clock.mark())
     Accelerator.init_trackers = lambda *_, **__: None
+    replaced: list[str] = []
     if spec["fused_adamw"]:
         fuse_adamw()
+    if spec["trainer"] in READY:
+        from peers_standins import stand_in  # beside this file; what is missing in the trainer's environment
+
+        replaced = stand_in()
     sys.path[0] = spec["root"]
     sys.argv = [spec["script"], *spec["arguments"]]
     if spec["trainer"] in READY:
@@ -260,7 +282,9 @@ def main() -> None:
         runpy.run_path(spec["script"], run_name="__main__")
     else:
         runpy.run_module(spec["script"], run_name="__main__", alter_sys=True)
-    sys.exit(f"the run ended before {spec['warmup']} + {spec['steps']} steps")
+    if spec["steps"]:
+        sys.exit(f"the run ended before {spec['warmup']} + {spec['steps']} steps")
+    Path(spec["out"]).write_text(json.dumps({"versions": versions(), "standins": replaced}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,10 @@ FLOORS: list[tuple[str, dict[str, str]]] = [
         "tools",
         {
             "inspect": "before training",
+            "compare": "sweep to answer",
             "plan": "memory and cost",
             "sample": "a finished run",
-            "compare": "sweep to answer",
+            "judge": "models to answer",
             "sweep": "arms to train",
             "docs": "option pages",
         },

@@ -246,10 +246,10 @@ def _judged(row: Row, different: float | None, equal: float | None, directions: 
         return row
     if row.broken:
         return replace(row, verdict=NO_VERDICT)
+    if row.effect.low == row.effect.high == 0:  # every number is the same: one seed is enough to see that
+        return replace(row, p_holm=different, p_equal=equal, verdict=IDENTICAL)
     if different is None:
         return replace(row, verdict=ONE_SEED if row.effect.seeds == 1 else TWO_SEEDS)
-    if row.effect.low == row.effect.high == 0:
-        return replace(row, p_holm=different, p_equal=equal, verdict=IDENTICAL)
     words = verdict(row.metric, row.effect.difference, Claims(different, equal), directions, level)
     needed = row.effect.seeds_to_decide(row.tested_margin) or 0 if words == UNDECIDED else None
     return replace(row, p_holm=different, p_equal=equal, verdict=words, seeds_needed=needed)

@@ -75,8 +75,8 @@ class Index:
         So an image is held out whatever the others are and wherever it lies, and its copies with it. Raises UserError
         when nothing is left to train on.
         """
-        held = [item for item in self.items if int(item.content[:13], 16) < share * 16**13]
-        kept = [item for item in self.items if int(item.content[:13], 16) >= share * 16**13]
+        held = [item for item in self.items if is_held_out(item, share)]
+        kept = [item for item in self.items if not is_held_out(item, share)]
         if not kept:
             raise UserError(f"data.held_out={share} holds out all {len(held)} images; set a smaller share")
         return Index(kept, self.skipped, held)
@@ -97,6 +97,10 @@ class Index:
             writer = csv.writer(file)
             writer.writerow(("file", "reason"))
             writer.writerows((str(skip.path), skip.reason) for skip in self.skipped)
+
+
+def is_held_out(item: Item, share: float) -> bool:
+    return int(item.content[:13], 16) < share * 16**13
 
 
 def open_rgb(path: Path) -> Image.Image:

@@ -129,9 +129,13 @@ class RunDirectory:
         finally:
             lock.release()
 
+    def trained_on(self) -> TrainedOn | None:
+        """Which data the run was begun with; None where it has not got that far."""
+        return read_json(self.data, _TRAINED_ON, "remove the file if the data are still those of the run")
+
     def claim_data(self, fingerprint: str, images: int) -> None:
         """Note which data the run is trained on. Raises UserError when it was begun with other data."""
-        before = read_json(self.data, _TRAINED_ON, "remove the file if the data are still those of the run")
+        before = self.trained_on()
         if before is None:
             write_json(self.data, asdict(TrainedOn(fingerprint, images)))
         elif before.data != fingerprint:

@@ -54,7 +54,7 @@ def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: Any) -
         return context[0], pooled[0]
 
     return Painter(
-        denoise=_as_trained(parts, build(cfg.precision).autocast, device),
+        denoise=as_trained(parts, build(cfg.precision).autocast, device),
         schedule=schedule,
         parameterization=build(cfg.parameterization),
         sampling=sampling,
@@ -64,7 +64,7 @@ def painter(run: Path, cfg: DictConfig, device: torch.device, **settings: Any) -
     )
 
 
-def _as_trained(parts: Components, mixed_precision: Precision, device: torch.device) -> Denoiser:
-    """The UNet in the precision of the run."""
+def as_trained(parts: Components, mixed_precision: Precision, device: torch.device) -> Denoiser:
+    """The UNet, called in this precision."""
     dtype = AUTOCAST.get(mixed_precision)
     return torch.autocast(device.type, dtype)(parts.unet.forward) if dtype else parts.unet

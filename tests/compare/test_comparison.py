@@ -176,6 +176,13 @@ def test_one_seed_is_not_judged_even_with_items(outputs: Path) -> None:
     assert one.effect is not None and one.effect.items == 24 and one.effect.low is not None
 
 
+def test_equal_numbers_are_identical_even_with_one_seed(outputs: Path) -> None:
+    run = read_directory(outputs / "uniform-0", {}, "losses")
+    runs = [run, replace(run, arm={"loss": "copied"})]
+    (row,) = compare(runs, Question("losses", baseline="loss=uniform", metrics=["val/loss"])).rows
+    assert row.verdict == "identical"
+
+
 def test_items_count_only_where_the_metric_is_their_mean(tmp_path: Path) -> None:
     for name in ("uniform", "minsnr"):
         for seed in range(2):
