@@ -154,7 +154,7 @@ def test_a_question_has_one_folder_and_another_question_another(told: Command, t
 
 
 def test_margin_and_wanted_difference_are_settings_of_the_command(told: Command, outputs: Path, tmp_path: Path) -> None:
-    shutil.copytree(outputs, tmp_path / "here")
+    shutil.copytree(outputs, tmp_path / "here", ignore=shutil.ignore_patterns("compare-*"))
     asked = ["sweep=losses", f"output_dir={tmp_path / 'here'}", "metrics=val/loss"]
     out = told(*asked, "equivalence=30%", "detect=2.3%")
     assert re.search(r"minsnr +equal within 30 %", out)
