@@ -19,14 +19,17 @@ from nai_xl.training.evaluation import config_of, evaluate
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nai_xl.evaluate", description=__doc__)
     parser.add_argument("what", nargs="+", metavar="RUN | evals=[...]", help="run directories, and overrides of evals")
-    words = parser.parse_args().what
+    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a further folder of config groups")
+    given = parser.parse_intermixed_args()
+    words = given.what
     runs = [Path(word) for word in words if "=" not in word or Path(word).exists()]
     overrides = [word for word in words if Path(word) not in runs]
     quiet_libraries()
     with config.mistakes_told():
         if not runs or not overrides:
             raise UserError("name run directories and what to measure: outputs/NAME 'evals=[color]'")
-        for run, cfg in [(run, config_of(run, overrides)) for run in runs]:  # all mistakes before any run is measured
+        asked = [(run, config_of(run, overrides, given.config_dir)) for run in runs]  # all mistakes before any run
+        for run, cfg in asked:
             values = evaluate(run, cfg)
             gc.collect()  # the next run must not find this one's model in memory
             print(run, *(f"{name} {value:.4g}" for name, value in values.items()), sep="\n  ")

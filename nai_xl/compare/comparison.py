@@ -10,6 +10,7 @@ from functools import cached_property
 from nai_xl.compare.arms import ArmRuns, choose_metrics, find_baseline, group, short_names
 from nai_xl.compare.comparable import hindrances, plan_note, settings, varied
 from nai_xl.compare.costs import TARGET_METRIC, Cost, Target, cost, images_to_target
+from nai_xl.compare.crossed import LEVEL
 from nai_xl.compare.factorial import Contrast, contrasts
 from nai_xl.compare.looks import judged_at_look, told
 from nai_xl.compare.question import Question
@@ -53,7 +54,7 @@ class Comparison:
     def contrasts(self) -> list[Contrast]:
         """Main effects and interactions, where the arms are a full grid; of the metrics that are judged."""
         judged = [metric for metric in self.metrics if any(row.broken != NEITHER for row in self.of(metric))]
-        return contrasts(self.arms, judged, self.directions)
+        return contrasts(self.arms, judged, self.directions, min((row.level for row in self.rows), default=LEVEL))
 
     @cached_property
     def costs(self) -> list[Cost]:

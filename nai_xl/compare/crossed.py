@@ -9,7 +9,7 @@ p-value ([Weerahandi]) takes the expectation over everything that the variances 
     p = E[2 Phi(-|d| / sqrt V)],  V = MS_S / u1 + max(MS_I / u2 - MS_SI / u3, 0), each MS over S I,
 
 where u1, u2 and u3 are independent chi-squares over their degrees of freedom, S - 1, I - 1 and (S - 1)(I - 1). Without
-items it is Student's t-test over seeds, exactly. benchmarks/statistics.py simulates its level and power.
+items it is Student's t-test over seeds, exactly. benchmarks/verdicts.py simulates its level and power.
 
 [Clark] The language-as-fixed-effect fallacy, J. Verbal Learning and Verbal Behavior 12 (1973) 335;
 [Hillis] A comparison of denominator degrees of freedom methods, Statistics in Medicine 26 (2007) 596;
@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 LEVEL = 0.05  # intervals hold 95 %; a verdict asks for an adjusted p below it
 POWER = 0.8  # with which a planned number of seeds finds the difference it is planned for
 MOST_SEEDS = 1000
-SAME, COARSE = 1e-9, 1e-5  # of the largest value: equal but for rounding; a step that can matter
+SAME, COARSE, FAR = 1e-9, 1e-5, 1e6  # of the largest value: equal but for rounding; a step that can matter; a run gone
 # nodes in the probability's logit, over +-SPAN: the tails of u1 decide a small p, those of the others hardly
 SEED_NODES, SEED_SPAN = 48, 36.0
 ITEM_NODES, ITEM_SPAN = 24, 14.0
@@ -119,20 +119,20 @@ class Crossed:
             self, seeds=seeds, of_seeds=self.of_seeds * fewer, of_both=of_both, of_items=of_item_means + of_both
         )
 
-    def detectable(self, seeds: int) -> float:
-        """The true difference that so many seeds, at least 2, show with a probability of about POWER."""
-        return self.with_seeds(seeds).half_width() * (1 + special.ndtri(POWER) / special.ndtri(1 - LEVEL / 2))
+    def detectable(self, seeds: int, level: float = LEVEL) -> float:
+        """The true difference that so many seeds, at least 2, show at this level with a probability of about POWER."""
+        return self.with_seeds(seeds).half_width(level) * (1 + special.ndtri(POWER) / special.ndtri(1 - level / 2))
 
-    def seeds_for(self, difference: float) -> int | None:
-        """The least number of seeds that show this true difference with a probability of about POWER; None if
-        MOST_SEEDS do not, because the items vary too much.
+    def seeds_for(self, difference: float, level: float = LEVEL) -> int | None:
+        """The least number of seeds that show this true difference at this level with a probability of about POWER;
+        None if MOST_SEEDS do not, because the items vary too much.
         """
         few, many = 2, MOST_SEEDS
-        if difference <= 0 or self.detectable(many) > difference:
+        if difference <= 0 or self.detectable(many, level) > difference:
             return None
         while few < many:
             middle = (few + many) // 2
-            few, many = (few, middle) if self.detectable(middle) <= difference else (middle + 1, many)
+            few, many = (few, middle) if self.detectable(middle, level) <= difference else (middle + 1, many)
         return many
 
 
@@ -158,11 +158,11 @@ def crossed(table: Array, resolution: float = 0.0) -> Crossed:
 
 def resolution(*tables: Array) -> float:
     """The step of values that are counts or shares of a count: the largest number of which all their differences are
-    multiples. 0 for values without such a step, and where all are equal.
+    multiples. 0 for values without such a step, where all are equal, and where one is far from all others.
     """
     values = np.concatenate([table.ravel() for table in tables])
     largest = float(np.abs(values).max(initial=0.0))
-    if not 0 < largest < math.inf:
+    if not 0 < largest < math.inf or largest > FAR * float(np.median(np.abs(values))) > 0:
         return 0.0
     steps = np.diff(np.unique(values / largest))
     common = functools.reduce(_common_divisor, steps.tolist(), 0.0)

@@ -20,7 +20,7 @@ from nai_xl.compare.arms import ArmRuns
 from nai_xl.compare.crossed import LEVEL, Array
 from nai_xl.compare.items import item_tables
 from nai_xl.compare.paired import Effect, effect, holm
-from nai_xl.compare.rows import LEAST_SEEDS, last_common_step
+from nai_xl.compare.rows import LEAST_SEEDS, TINY, last_common_step
 from nai_xl.compare.verdicts import UNDECIDED, Claims, Directions, better_direction, verdict
 
 SHOWN = "shown"  # of an interaction, which is neither better nor worse
@@ -59,12 +59,17 @@ def grid_of(arms: Sequence[ArmRuns]) -> Grid:
     return values if whole and all(arm.choices.keys() == arms[0].choices.keys() for arm in arms) else {}
 
 
-def contrasts(arms: Sequence[ArmRuns], metrics: Sequence[str], directions: Directions | None = None) -> list[Contrast]:
-    """Of arms with the baseline first. Empty unless they are a full grid; metrics that a run lacks are left out."""
+def contrasts(
+    arms: Sequence[ArmRuns], metrics: Sequence[str], directions: Directions | None = None, level: float = LEVEL
+) -> list[Contrast]:
+    """Of arms with the baseline first, judged at the `level` that this look may take. Empty unless they are a full
+    grid; metrics that a run lacks are left out.
+    """
     grid = grid_of(arms)
     found = [one for metric in metrics if grid for one in _of_metric(metric, arms, grid, directions)]
     tested = [one for one in found if one.effect.p is not None and one.effect.seeds >= LEAST_SEEDS]
-    adjusted = iter(holm([one.effect.p or 0.0 for one in tested]))
+    times = LEVEL / max(level, TINY)
+    adjusted = iter(holm([min(1.0, times * (one.effect.p or 0.0)) for one in tested]))
     return [_judged(one, next(adjusted), directions) if one in tested else one for one in found]
 
 

@@ -46,6 +46,18 @@ def item_tables(metric: str, pairs: Sequence[tuple[Run, Run]], step: int) -> Ite
     return ItemTables(first, second, len(every) - len(shared))
 
 
+def unlike_items(metric: str, pairs: Sequence[tuple[Run, Run]], step: int) -> tuple[int, str]:
+    """Of a metric without item_tables: how many items there are although no two are in every run, and a remark where
+    only some runs have items.
+    """
+    rows = [run.items(metric).get(step, {}) for pair in pairs for run in pair]
+    known = [set(row) for row in rows if row]
+    if 0 < len(known) < len(rows):
+        return 0, "some runs have no single items, so that seeds alone are paired"
+    every = set.union(*known) if known else set()
+    return (len(every), "") if len(every) > 1 and len(set.intersection(*known)) < 2 else (0, "")
+
+
 def _by_prompt(row: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for item, value in row.items():

@@ -8,6 +8,7 @@ the sum of their levels: 5 % if all looks are planned.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -62,7 +63,8 @@ def _arm_look(rows: Sequence[Row], arm: ArmRuns, baseline: ArmRuns, plan: Plan, 
     seeds, was not changed after a look at this arm and did not have this look already, and all runs are finished.
     """
     seeds = tuple(sorted({seed for row in rows for seed in row.seeds}))
-    look = ArmLook(seeds, max(row.step for row in rows if row.step is not None), planned=False, level=0.0)
+    step = max(row.step for row in rows if row.step is not None)
+    look = ArmLook(seeds, step, planned=False, level=0.0, numbers=_numbers(rows))
     plan_kept, taken = True, False
     for other in earlier:
         if other.baseline == baseline.label and (before := other.arms.get(arm.label)) is not None:
@@ -73,6 +75,14 @@ def _arm_look(rows: Sequence[Row], arm: ArmRuns, baseline: ArmRuns, plan: Plan, 
     finished = all(side.runs[seed].status == "FINISHED" for side in (arm, baseline) for seed in seeds)
     planned = finished and len(seeds) in plan.looks and plan_kept and not taken
     return replace(look, planned=planned, level=plan.level(min(len(seeds), plan.seeds), planned))
+
+
+def _numbers(rows: Sequence[Row]) -> str:
+    """Eight hex digits of the rows' means and items."""
+    told = [
+        (row.metric, f"{row.mean:.9g}", f"{row.baseline_mean:.9g}", row.effect and row.effect.items) for row in rows
+    ]
+    return hashlib.sha256(repr(sorted(told)).encode()).hexdigest()[:8]
 
 
 def _standing(row: Row, look: Look, earlier: Sequence[Look]) -> Row:

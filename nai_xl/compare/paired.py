@@ -69,14 +69,15 @@ class Effect:
         inside = margin - abs(self.estimate)
         return self.spread.p(inside) / 2 if inside > 0 else 1.0
 
-    def seeds_to_decide(self, margin: float | None) -> int | None:
-        """About how many seeds would show this estimate to differ from 0 or, if it is smaller than `margin`, to lie
-        within it, whichever takes fewer. None if no number does.
+    def seeds_to_decide(self, margin: float | None, level: float) -> int | None:
+        """About how many seeds would show at this level that this estimate differs from 0 or, if it is smaller than
+        `margin`, lies within it, whichever takes fewer; more than there are. None if no number does.
         """
         if self.spread is None or self.spread.seeds < 2:
             return None
         goals = [abs(self.estimate), *([margin - abs(self.estimate)] if margin is not None else [])]
-        return self.spread.seeds_for(max(goals))
+        found = self.spread.seeds_for(max(goals), level)
+        return None if found is None else max(found, self.seeds + 1)
 
 
 def effect(arm: Array, baseline: Array, *, ratio: bool = False) -> Effect:
@@ -110,16 +111,21 @@ def _effect(arm: Array, baseline: Array, step: float) -> Effect:
     )  # fmt: skip
 
 
+def grown(log: float) -> float:
+    """exp(log) - 1, of a ratio as far as a float can have it."""
+    return math.expm1(min(log, 700.0))
+
+
 def _in_units(logs: Effect, baseline: float) -> Effect:
     """`logs` in the metric's units; half widths, which are not symmetric on this scale, to first order."""
 
     def in_units(log: float | None) -> float | None:
-        return None if log is None else baseline * math.expm1(log)
+        return None if log is None else baseline * grown(log)
 
-    booted = logs.bootstrap and (baseline * math.expm1(logs.bootstrap[0]), baseline * math.expm1(logs.bootstrap[1]))
+    booted = logs.bootstrap and (baseline * grown(logs.bootstrap[0]), baseline * grown(logs.bootstrap[1]))
     return replace(
         logs,
-        difference=baseline * math.expm1(logs.estimate),
+        difference=baseline * grown(logs.estimate),
         low=in_units(logs.low),
         high=in_units(logs.high),
         bootstrap=booted,

@@ -6,11 +6,11 @@ seeds knows its spread to a factor of two or so, and the numbers here are as unc
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.costs import Cost
+from nai_xl.compare.paired import grown
 from nai_xl.compare.rows import Row, on_tested_scale
 from nai_xl.compare.wording import in_words, number, percent_of
 
@@ -24,10 +24,18 @@ class Power:
     metric: str
     arm: str
     seeds: int  # of the comparison
+    items: int
     shown: dict[int, float]  # seeds -> the difference they show with a probability of 0.8
     relative: bool  # the differences are shares of the baseline, not in the metric's units
     wanted: int | None  # seeds that the wanted difference takes; None where none was asked for, or no number does
     minutes: float | None  # that the seeds beyond these would take, arm and baseline one after the other
+
+    @property
+    def hopeless(self) -> str:
+        """Why no number of seeds was found."""
+        if not self.relative:
+            return "is no size where the baseline is 0"
+        return "is not shown by any number of seeds" + ("; more items might" if self.items > 1 else "")
 
     def size(self, seeds: int) -> str:
         """The difference that so many seeds show: '0.8 %', or in the metric's units."""
@@ -56,14 +64,21 @@ def _power(row: Row, wanted: str, arm: Cost, baseline: Cost) -> Power:
     shown = {n: spread.detectable(n) for n in sorted({*SEEDS, spread.seeds})}
     relative = row.effect.ratio or bool(row.baseline_mean)
     return Power(
-        row.metric, row.arm, spread.seeds, {n: _share(row, size) for n, size in shown.items()}, relative, seeds, minutes
+        row.metric,
+        row.arm,
+        spread.seeds,
+        spread.items,
+        {n: _share(row, size) for n, size in shown.items()},
+        relative,
+        seeds,
+        minutes,
     )
 
 
 def _share(row: Row, size: float) -> float:
     """`size` of the tested scale as a share of the baseline, or as it is where the baseline is 0."""
     if row.effect is not None and row.effect.ratio:
-        return math.expm1(size)
+        return grown(size)
     return size / abs(row.baseline_mean) if row.baseline_mean else size
 
 
@@ -74,7 +89,7 @@ def needed(found: Comparison) -> list[str]:
     for one in power(found, wanted) if wanted else ():
         of = f"{one.metric}, {found.names[one.arm]}: {in_words(wanted)}"
         if one.wanted is None:
-            lines.append(f"{of} is not shown by any number of seeds; more items might")
+            lines.append(f"{of} {one.hopeless}")
         elif one.wanted <= one.seeds:
             lines.append(f"{of} takes about {one.wanted} seeds, which are here")
         else:

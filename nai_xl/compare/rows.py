@@ -10,8 +10,8 @@ import numpy as np
 
 from nai_xl.compare.arms import ArmRuns
 from nai_xl.compare.crossed import LEVEL
-from nai_xl.compare.items import item_tables
-from nai_xl.compare.paired import Effect, effect, holm
+from nai_xl.compare.items import item_tables, unlike_items
+from nai_xl.compare.paired import Effect, effect, grown, holm
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.verdicts import (
     ERRORS_WITHIN,
@@ -32,6 +32,7 @@ from nai_xl.compare.verdicts import (
     verdict,
 )  # fmt: skip
 
+TINY = 1e-300  # a level that a look after few of very many seeds may have
 LEAST_SEEDS = 3  # two seeds show whether a sweep runs; the spread of two is known to a factor of 30
 
 
@@ -81,7 +82,7 @@ class Row:
         size = self.tested_margin
         if size is None or self.effect is None:
             return None
-        return math.expm1(size) * abs(self.baseline_mean or 0.0) if self.effect.ratio else size
+        return grown(size) * abs(self.baseline_mean or 0.0) if self.effect.ratio else size
 
 
 def on_tested_scale(row: Row, size: str) -> float | None:
@@ -122,7 +123,8 @@ def measure(metric: str, arm: ArmRuns, baseline: ArmRuns, directions: Directions
     means = [np.array([pair[side].curves[metric][step] for pair in finite.values()]) for side in (0, 1)]
     tables = item_tables(metric, list(finite.values()), step)
     first, second = (tables.arm, tables.baseline) if tables is not None else (values[:, None] for values in means)
-    missing = tables.missing if tables is not None else 0
+    missing, remark = unlike_items(metric, list(finite.values()), step) if tables is None else (tables.missing, "")
+    notes += [remark] if remark else []
     if missing:
         notes.append(f"{missing} items are not in every run: left out")
     error = better_direction(metric, directions) == "lower"
@@ -218,8 +220,9 @@ def judged(
     claims = [claim for place, row in enumerate(rows) for claim in _claims(place, row)]
     adjusted = holm([p for *_, p in claims], possible=len({place for place, *_ in claims}))
     found = {(place, what): p for (place, what, _), p in zip(claims, adjusted, strict=True)}
+    each = 1 / max(1, len({place for place, *_ in claims}))  # of the level, if all others are undecided too
     return [
-        _judged(row, found.get((place, "different")), found.get((place, "equal")), directions, level)
+        _judged(row, found.get((place, "different")), found.get((place, "equal")), directions, level, each)
         for place, row in enumerate(rows)
     ]
 
@@ -228,7 +231,7 @@ def _claims(place: int, row: Row) -> Iterator[tuple[int, str, float]]:
     """The claims about a row that are tested, with their p, of which 0.05 is the row's level; none where it cannot be
     judged.
     """
-    e, times = row.effect, LEVEL / row.level
+    e, times = row.effect, LEVEL / max(row.level, TINY)
     if e is None or e.p is None or not row.tested:
         return
     yield place, "different", min(e.p * times, 1.0)
@@ -241,7 +244,9 @@ def _margin(row: Row, directions: Directions | None, margins: Margins | None) ->
     return ERRORS_WITHIN if declared is None and row.effect and row.effect.ratio else declared
 
 
-def _judged(row: Row, different: float | None, equal: float | None, directions: Directions | None, level: float) -> Row:
+def _judged(
+    row: Row, different: float | None, equal: float | None, directions: Directions | None, level: float, share: float
+) -> Row:
     if row.effect is None:
         return row
     if row.broken:
@@ -251,5 +256,5 @@ def _judged(row: Row, different: float | None, equal: float | None, directions: 
     if different is None:
         return replace(row, verdict=ONE_SEED if row.effect.seeds == 1 else TWO_SEEDS)
     words = verdict(row.metric, row.effect.difference, Claims(different, equal), directions, level)
-    needed = row.effect.seeds_to_decide(row.tested_margin) or 0 if words == UNDECIDED else None
+    needed = row.effect.seeds_to_decide(row.tested_margin, share * row.level) or 0 if words == UNDECIDED else None
     return replace(row, p_holm=different, p_equal=equal, verdict=words, seeds_needed=needed)

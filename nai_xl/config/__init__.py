@@ -2,7 +2,7 @@
 
 from nai_xl.config.build import build, completed, locate, member
 from nai_xl.config.cli import SweepOfArms, entry_point, mistakes_told
-from nai_xl.config.grid import Swept, combinations, compose, opened
+from nai_xl.config.grid import Swept, combinations, compose, further, opened
 from nai_xl.config.groups import conf_dir, groups
 from nai_xl.config.identity import arm, declared, flat, left_out, open_ended, run_dir, signature
 from nai_xl.config.legacy import stored_config, upgraded, upgraded_choices
@@ -21,6 +21,7 @@ __all__ = [
     "declared",
     "entry_point",
     "flat",
+    "further",
     "groups",
     "left_out",
     "locate",

@@ -39,4 +39,4 @@ def _items(home: Path, level: int, step: int) -> Items:
 
 
 def _log(error: float) -> float:
-    return math.log(error) if error > 0 else -math.inf
+    return -math.inf if error == 0 else math.log(error)  # nan stays nan

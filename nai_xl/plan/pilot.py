@@ -7,21 +7,23 @@ from pathlib import Path
 
 from rich.table import Table
 
+from nai_xl.compare.answered import answered
 from nai_xl.compare.arguments import Request
-from nai_xl.compare.comparison import Comparison, compare
+from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.power import SEEDS, Power, power
 from nai_xl.compare.selection import select
-from nai_xl.compare.verdicts import declared, declared_margins
 from nai_xl.compare.wording import in_words
 from nai_xl.engine.gpus import Gpu
+from nai_xl.errors import UserError
 from nai_xl.plan.run_plan import Machines, RunPlan
 
 
 def pilot_of(sweep: str, output_dir: Path, detect: str) -> Comparison:
     """The comparison of an earlier sweep. Raises UserError when there is none of that name."""
-    selection = select(Request({"sweep": sweep, "output_dir": str(output_dir), "detect": detect}))
-    configs = selection.configs.values()
-    return compare(selection.runs, selection.question, declared(configs), declared_margins(configs))
+    found = answered(select(Request({"sweep": sweep, "output_dir": str(output_dir), "detect": detect})), recorded=False)
+    if not power(found):
+        raise UserError(f"--pilot {sweep}: its arms share no two seeds, and one has no spread; train another seed")
+    return found
 
 
 def pilot_table(pilot: Comparison, hours: float | None = None) -> Table:
@@ -46,7 +48,7 @@ def pilot_table(pilot: Comparison, hours: float | None = None) -> Table:
 def _cells(one: Power, wanted: str, hours: float | None) -> Iterator[str]:
     yield from (one.size(n) for n in SEEDS)
     if wanted:
-        yield f"{one.wanted} seeds" if one.wanted else "more items"
+        yield f"{one.wanted} seeds" if one.wanted else "more items" if one.items > 1 else "-"
         if hours is not None:
             yield f"{2 * one.wanted * hours:,.2f}" if one.wanted else "-"
 

@@ -23,9 +23,10 @@ class ArmLook:
     step: int | None
     planned: bool
     level: float
+    numbers: str = ""  # a digest of what was compared: finished runs can be measured anew
 
     def same_data(self, other: ArmLook) -> bool:
-        return (self.seeds, self.step) == (other.seeds, other.step)
+        return (self.seeds, self.step, self.numbers) == (other.seeds, other.step, other.numbers)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from nai_xl.record.run_dir import RunDirectory
 from nai_xl.tracker.jsonl import NoTracker
 
 
-def config_of(run: Path, overrides: Sequence[str]) -> DictConfig:
+def config_of(run: Path, overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """The config that `run` was trained with, with the evaluators that `overrides` choose in place of its own.
+
+    `config_dir`: a further folder of config groups.
 
     Raises UserError for a folder that is no run, and for overrides of anything but evals.
     """
@@ -32,7 +34,7 @@ def config_of(run: Path, overrides: Sequence[str]) -> DictConfig:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run}: no run here (no config.yaml); give a folder that nai_xl.train has made") from error
     with open_dict(cfg):
-        cfg.evals = config.compose(overrides).evals
+        cfg.evals = config.compose([*overrides, *([config.further(config_dir)] if config_dir else [])]).evals
     config.check(cfg)
     return cfg
 

@@ -364,3 +364,39 @@ def test_arms_that_take_their_images_in_different_orders_are_told_once() -> None
         assert told.startswith(f"the arms differ in {key.removesuffix('.held_out')}, so with one seed")
         runs = [replace(run, arm={"loss": run.arm[key]}) for run in runs]
         assert not any("different orders" in note for note in compare(runs, Question("x")).notes)
+
+
+def test_one_run_that_is_far_off_stops_no_comparison() -> None:
+    """It is finite, so it counts; and it is no step of the others' values."""
+    curves = {"a": [0.30, 0.31, 0.32, 0.305, 0.315], "b": [0.31, 0.30, 0.33, 0.31, 1e8]}
+    runs = [curve_run(arm, s, {100: value}) for arm, values in curves.items() for s, value in enumerate(values)]
+    found = compare(runs, Question("x", baseline="loss=a"))
+    assert found.rows[0].verdict == "undecided" and markdown(found)
+
+
+def test_what_is_undecided_would_take_more_seeds_than_there_are() -> None:
+    """By the level that the verdict needs, which is shared by all arms and metrics."""
+    random = np.random.default_rng(1)
+    runs = []
+    for number in range(9):
+        for seed, value in enumerate(1 + 0.1 * random.standard_normal(5)):
+            runs.append(curve_run(str(number), seed, {100: float(value + 0.02 * number)}))
+    rows = compare(runs, Question("x", baseline="loss=0")).rows
+    needed = [row.seeds_needed for row in rows if row.verdict == "undecided"]
+    assert needed and all(seeds == 0 or (seeds is not None and seeds > 5) for seeds in needed)
+
+
+@pytest.mark.parametrize(
+    ("shared", "told"), [(0, "40 items are not in every run"), (None, "some runs have no single items")]
+)
+def test_items_of_which_none_is_shared_are_said(tmp_path: Path, shared: int | None, told: str) -> None:
+    for name in ("uniform", "minsnr"):
+        for seed in range(3):
+            path = write_run(tmp_path, {"loss": name}, seed, effect={"val/loss": 0.01}, items=20)
+            items = path / "items" / "val__loss.jsonl"
+            if name == "minsnr":
+                items.unlink() if shared is None else items.write_text(items.read_text().replace("image", "other"))
+    runs = [read_directory(path, {}) for path in sorted(tmp_path.iterdir())]
+    found = compare(runs, Question("x", baseline="loss=uniform", metrics=["val/loss"]))
+    assert any(told in line for line in remarks(found))
+    assert (found.rows[0].verdict == "no verdict") == (shared == 0)

@@ -19,7 +19,7 @@ from nai_xl.compare.paired import Effect
 from nai_xl.compare.rows import Row, judged
 from nai_xl.compare.runs.run import Run
 from nai_xl.compare.spending import Plan, plan_of, spent
-from nai_xl.record.looks import ArmLook, Look
+from nai_xl.record.looks import Look
 
 # --- what a look may take ---------------------------------------------------------------------------------------------
 
@@ -75,7 +75,9 @@ def test_planned_looks_share_the_five_per_cent_and_the_same_data_are_one_look() 
     plan = Plan.of(5, [3])
     first = look_at(runs({"a": 3, "b": 3}, {"b": 1.0}), plan, [])
     (look,) = first.looks
-    assert look.arms == {"loss=b": ArmLook((0, 1, 2), 800, planned=True, level=pytest.approx(0.011396, rel=1e-4))}
+    seen = look.arms["loss=b"]
+    assert (seen.seeds, seen.step, seen.planned) == ((0, 1, 2), 800, True) and len(look.arms) == 1
+    assert seen.level == pytest.approx(0.011396, rel=1e-4)
     assert (look.seeds, look.looks, look.metrics, look.baseline) == (5, (3, 5), ("val/loss",), "loss=a")
     one, alone = first.rows[0], compare(runs({"a": 3, "b": 3}, {"b": 1.0}), Question("x", baseline="loss=a")).rows[0]
     assert one.effect and one.effect.p and one.effect == alone.effect and alone.p_holm == one.effect.p
@@ -186,3 +188,13 @@ def test_repeated_looks_at_nothing_are_seldom_wrong_with_the_rule_and_often_with
         wrong["naive"] += naive
     assert wrong["rule"] / SWEEPS < LEVEL + 2 * (LEVEL * (1 - LEVEL) / SWEEPS) ** 0.5
     assert wrong["naive"] / SWEEPS > 0.12
+
+
+def test_runs_that_were_measured_anew_are_looked_at_anew() -> None:
+    """The same seeds and steps, other numbers: python -m nai_xl.evaluate measures finished runs again."""
+    plan, three = Plan.of(5, [3]), {"a": 3, "b": 3}
+    first = look_at(runs(three, {"b": 1.0}), plan, [])
+    again = look_at(runs(three, {"b": 1.0}), plan, first.looks)
+    anew = look_at(runs(three, {"b": 1.1}), plan, first.looks)
+    assert len(again.looks) == 1 and len(anew.looks) == 2
+    assert not anew.looks[-1].arms["loss=b"].planned

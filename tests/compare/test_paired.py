@@ -150,7 +150,7 @@ def coverage(trials: int, *layout: float) -> tuple[float, float]:
     ],
 )  # fmt: skip
 def test_the_interval_holds_the_truth_in_95_of_100_sweeps(layout: tuple[float, ...]) -> None:
-    """And in more where the sources are alike: benchmarks/statistics.py has the table of 20,000 draws a row."""
+    """And in more where the sources are alike: benchmarks/verdicts.py has the table of 20,000 draws a row."""
     held, _ = coverage(1200, *layout)
     assert 0.935 <= held <= 0.995  # standard error 0.006
 
