@@ -113,6 +113,8 @@ def compare(
             row if better_direction(row.metric, directions) else replace(row, broken=row.broken or NEITHER)
             for row in rows
         ]
+    ratios = dict.fromkeys(row.metric for row in rows if row.effect and row.effect.ratio)
+    notes += [f"compared by the ratio of positive errors: {', '.join(ratios)}"] if ratios else []
     judge = functools.partial(judged, directions=directions, margins=margins, equivalence=asked.equivalence)
     if looks is None:
         return Comparison(asked, baseline.label, arms, metrics, judge(rows), directions, notes, scopes=scopes)
