@@ -122,7 +122,8 @@ def test_seeds_added_after_a_look_are_not_planned() -> None:
 def test_seeds_may_come_from_several_commands() -> None:
     """run.seed=0,1,2 on one machine and run.seed=3,4 on another: the newest run knows of two planned seeds."""
     found = look_at(runs({"a": 5, "b": 5}, {}), Plan.of(2), [])
-    assert found.looks[0].plan == (5, (5,)) and found.looks[0].arms["loss=b"].planned and not found.notes
+    assert found.looks[0].plan == (5, (5,)) and found.looks[0].arms["loss=b"].planned
+    assert found.notes == ["compared by the ratio of positive errors: val/loss"]  # and nothing about looks
 
 
 def test_looks_at_other_arms_metrics_or_baselines_are_further_chances_of_error() -> None:
