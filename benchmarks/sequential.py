@@ -22,10 +22,9 @@ from common import Row, command, write
 from numpy.typing import NDArray
 from scipy import special
 
-from nai_xl.compare.crossed import LEVEL, Crossed, chi_square_over_df, crossed
-from nai_xl.compare.paired import holm
-from nai_xl.compare.rows import LEAST_SEEDS
-from nai_xl.compare.spending import Plan
+from nai_xl.compare.statistics.crossed import LEVEL, Crossed, chi_square_over_df, crossed
+from nai_xl.compare.statistics.paired import holm
+from nai_xl.compare.statistics.spending import LEAST_SEEDS, Plan
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -20,8 +20,8 @@ from common import RESULTS, Row, command, write
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from nai_xl.compare import crossed
-from nai_xl.compare.paired import holm
+from nai_xl.compare.statistics import crossed
+from nai_xl.compare.statistics.paired import holm
 
 Array = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]

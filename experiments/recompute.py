@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nai_xl.compare.crossed import LEVEL, Crossed, critical_t
-from nai_xl.compare.paired import holm
+from nai_xl.compare.statistics.crossed import LEVEL, Crossed, critical_t
+from nai_xl.compare.statistics.paired import holm
 
 HERE = Path(__file__).parent
 BOTH_QUANTILES = 2 * 1.96  # of a bootstrap interval, in its standard deviations

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nai_xl.compare.crossed import critical_t, crossed
-from nai_xl.compare.paired import bootstrap
+from nai_xl.compare.statistics.crossed import critical_t, crossed
+from nai_xl.compare.statistics.paired import bootstrap
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nai_xl.compare.comparison import Comparison, compare
+from nai_xl.compare.judging.verdicts import declared, declared_margins, declared_scopes
 from nai_xl.compare.selection import Selection
-from nai_xl.compare.verdicts import declared, declared_margins, declared_scopes
 from nai_xl.errors import UserError
 from nai_xl.record.looks import read_looks, write_looks
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nai_xl.compare.verdicts import parse_margin
+from nai_xl.compare.judging.verdicts import parse_margin
 from nai_xl.errors import UserError, keyed
 
 SOURCES = ("experiment", "sweep", "runs")

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nai_xl.compare.arms import ArmRuns, choose_metrics, find_baseline, group, short_names
-from nai_xl.compare.comparable import hindrances, plan_note, settings, varied
 from nai_xl.compare.costs import TARGET_METRIC, Cost, Target, cost, images_to_target
-from nai_xl.compare.crossed import LEVEL
-from nai_xl.compare.factorial import Contrast, contrasts
-from nai_xl.compare.looks import judged_at_look, told
+from nai_xl.compare.judging.comparable import hindrances, plan_note, settings, varied
+from nai_xl.compare.judging.factorial import Contrast, contrasts
+from nai_xl.compare.judging.looks import judged_at_look, told
+from nai_xl.compare.judging.rows import Row, judged, measure
+from nai_xl.compare.judging.verdicts import Directions, Margins, Scopes, better_direction, declared
 from nai_xl.compare.question import Question
-from nai_xl.compare.rows import Row, judged, measure
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import Directions, Margins, Scopes, better_direction, declared
+from nai_xl.compare.statistics.crossed import LEVEL
 from nai_xl.errors import UserError
 from nai_xl.record.looks import Look
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from nai_xl.compare.arms import ArmRuns
-from nai_xl.compare.paired import first_reached, ratio
-from nai_xl.compare.verdicts import Directions, better_direction
+from nai_xl.compare.judging.verdicts import Directions, better_direction
+from nai_xl.compare.statistics.paired import first_reached, ratio
 
 TARGET_METRIC = "val/loss"
 

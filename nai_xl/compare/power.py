@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.costs import Cost
-from nai_xl.compare.paired import grown
-from nai_xl.compare.rows import Row, on_tested_scale
+from nai_xl.compare.judging.rows import Row, on_tested_scale
+from nai_xl.compare.statistics.paired import grown
 from nai_xl.compare.wording import in_words, number, percent_of
 
 SEEDS = (3, 5, 10, 20)  # of the table

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nai_xl.compare.spending import Plan
+from nai_xl.compare.statistics.spending import Plan
 
 
 @dataclass(frozen=True)

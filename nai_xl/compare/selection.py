@@ -16,7 +16,7 @@ from nai_xl.compare.runs.directory import read_directory, sweep_directories
 from nai_xl.compare.runs.from_mlflow import read_mlflow, search_mlflow
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences, varied_only
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.spending import plan_of
+from nai_xl.compare.statistics.spending import plan_of
 from nai_xl.errors import UserError
 from nai_xl.record.config import read_config, read_params
 from nai_xl.tracker.mlflow.delivery import Progress

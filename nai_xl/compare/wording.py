@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 from nai_xl.compare.comparison import Comparison
-from nai_xl.compare.crossed import MOST_SEEDS
-from nai_xl.compare.factorial import Contrast
-from nai_xl.compare.rows import Row
-from nai_xl.compare.verdicts import (
+from nai_xl.compare.judging.factorial import Contrast
+from nai_xl.compare.judging.rows import Row
+from nai_xl.compare.judging.verdicts import (
     EQUAL,
     FAILED,
     IDENTICAL,
@@ -20,6 +19,7 @@ from nai_xl.compare.verdicts import (
     TWO_SEEDS,
     UNDECIDED,
 )  # fmt: skip
+from nai_xl.compare.statistics.crossed import MOST_SEEDS
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from nai_xl.compare.verdicts import parse_margin
+from nai_xl.compare.judging.verdicts import parse_margin
 from nai_xl.config import further
 from nai_xl.config.schema import did_you_mean
 from nai_xl.errors import UserError, keyed

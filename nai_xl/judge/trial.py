@@ -15,11 +15,11 @@ from nai_xl import config
 from nai_xl.compare.arms import choose_metrics, group
 from nai_xl.compare.comparison import Comparison, compare
 from nai_xl.compare.figures.draw import draw
+from nai_xl.compare.judging.verdicts import better_direction, declared, declared_margins
 from nai_xl.compare.question import Question
 from nai_xl.compare.report.files import write
 from nai_xl.compare.report.screen import show
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import better_direction, declared, declared_margins
 from nai_xl.compare.wording import number
 from nai_xl.config.spec import Parts
 from nai_xl.data.index import Index, is_held_out

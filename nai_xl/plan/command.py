@@ -20,7 +20,7 @@ from rich.table import Table
 
 from nai_xl import config
 from nai_xl.compare.comparison import Comparison
-from nai_xl.compare.verdicts import parse_margin
+from nai_xl.compare.judging.verdicts import parse_margin
 from nai_xl.engine.gpus import GPUS, Gpu
 from nai_xl.errors import UserError, keyed
 from nai_xl.model.quiet import quiet_libraries

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
-from nai_xl.compare.comparable import leading
+from nai_xl.compare.judging.comparable import leading
 from nai_xl.engine.loop import Stop
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Status, arm_so_far

@@ -14,11 +14,10 @@ from nai_xl.compare.answered import answered
 from nai_xl.compare.arguments import Request
 from nai_xl.compare.arms import ArmRuns, find_baseline
 from nai_xl.compare.comparison import Comparison
-from nai_xl.compare.rows import LEAST_SEEDS
+from nai_xl.compare.judging.verdicts import ONE_SEED, TWO_SEEDS, UNDECIDED
 from nai_xl.compare.runs.naming import word
 from nai_xl.compare.selection import select
-from nai_xl.compare.spending import Plan, plan_of
-from nai_xl.compare.verdicts import ONE_SEED, TWO_SEEDS, UNDECIDED
+from nai_xl.compare.statistics.spending import LEAST_SEEDS, Plan, plan_of
 from nai_xl.compare.wording import said
 from nai_xl.errors import UserError
 from nai_xl.sweep.member import Compose, Member

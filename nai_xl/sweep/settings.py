@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
 
 from nai_xl import config
-from nai_xl.compare.verdicts import parse_margin
+from nai_xl.compare.judging.verdicts import parse_margin
 from nai_xl.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
-Look = Annotated[int, Field(ge=3)]  # compare.rows.LEAST_SEEDS
+Look = Annotated[int, Field(ge=3)]  # compare.statistics.spending.LEAST_SEEDS
 
 
 def _margin(text: str) -> str:

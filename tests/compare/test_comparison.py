@@ -15,8 +15,8 @@ from nai_xl.compare.arms import group
 from nai_xl.compare.comparison import Comparison, compare
 from nai_xl.compare.figures import curves
 from nai_xl.compare.figures.canvas import Drawn
+from nai_xl.compare.judging.rows import Row
 from nai_xl.compare.question import Question
-from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences
 from nai_xl.compare.runs.run import Run

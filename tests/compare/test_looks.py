@@ -13,12 +13,12 @@ from scipy import special
 
 from nai_xl.compare.arms import ArmRuns
 from nai_xl.compare.comparison import Comparison, Question, compare
-from nai_xl.compare.crossed import LEVEL
-from nai_xl.compare.looks import chance, judged_at_look
-from nai_xl.compare.paired import Effect
-from nai_xl.compare.rows import Row, judged
+from nai_xl.compare.judging.looks import chance, judged_at_look
+from nai_xl.compare.judging.rows import Row, judged
 from nai_xl.compare.runs.run import Run
-from nai_xl.compare.spending import Plan, plan_of, spent
+from nai_xl.compare.statistics.crossed import LEVEL
+from nai_xl.compare.statistics.paired import Effect
+from nai_xl.compare.statistics.spending import Plan, plan_of, spent
 from nai_xl.record.looks import Look
 
 # --- what a look may take ---------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import special
 
-from nai_xl.compare import paired
-from nai_xl.compare.crossed import Array, Crossed, critical_t, crossed, resolution, two_sided_p
-from nai_xl.compare.paired import Effect, effect, holm
+from nai_xl.compare.statistics import paired
+from nai_xl.compare.statistics.crossed import Array, Crossed, critical_t, crossed, resolution, two_sided_p
+from nai_xl.compare.statistics.paired import Effect, effect, holm
 
 # --- Student's t ------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
 from nai_xl.compare.comparison import compare
-from nai_xl.compare.question import Question
-from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import (
+from nai_xl.compare.judging.verdicts import (
     Claims,
     Directions,
     better_direction,
@@ -22,6 +20,8 @@ from nai_xl.compare.verdicts import (
     parse_margin,
     verdict,
 )  # fmt: skip
+from nai_xl.compare.question import Question
+from nai_xl.compare.runs.run import Run
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Evaluator
@@ -175,7 +175,7 @@ def test_the_command_asks_the_plug_ins_of_the_runs(told: Command, tmp_path: Path
 def test_directions_are_read_without_the_model_libraries() -> None:
     """They take seconds to import, and a comparison needs no model."""
     code = (
-        "import sys; from nai_xl.compare.verdicts import declared; assert 'val/' in declared(());"
+        "import sys; from nai_xl.compare.judging.verdicts import declared; assert 'val/' in declared(());"
         "print([name for name in ('diffusers', 'transformers', 'torchmetrics') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

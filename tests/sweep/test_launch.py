@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.nai_xl_sweep import as_overrides, listed, varied
 from nai_xl import config
-from nai_xl.compare.comparable import leading
+from nai_xl.compare.judging.comparable import leading
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Arm, read_arm
 from nai_xl.sweep.board import Row, print_table, progress

@@ -13,9 +13,9 @@ import pytest
 
 from nai_xl.compare.answered import answered
 from nai_xl.compare.arguments import Request
-from nai_xl.compare.looks import chance
+from nai_xl.compare.judging.looks import chance
 from nai_xl.compare.selection import select
-from nai_xl.compare.spending import Plan
+from nai_xl.compare.statistics.spending import Plan
 from nai_xl.record.config import write_config
 from nai_xl.record.looks import read_looks
 from nai_xl.sweep.member import Member

@@ -11,9 +11,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nai_xl.compare.arms import ArmRuns
 from nai_xl.compare.comparison import Comparison
-from nai_xl.compare.crossed import Array, critical_t
 from nai_xl.compare.figures.canvas import INK, Drawn, canvas, columns, heading, save
 from nai_xl.compare.runs.run import Curve
+from nai_xl.compare.statistics.crossed import Array, critical_t
 from nai_xl.evals.method_figure import COLOURS, DASHES
 
 Looks = Mapping[str, tuple[str, tuple[float, ...]]]  # label -> colour and dashes

@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.figures.canvas import INK, SOFT, Drawn, canvas, columns, heading, save
-from nai_xl.compare.rows import Row
-from nai_xl.compare.verdicts import (
+from nai_xl.compare.judging.rows import Row
+from nai_xl.compare.judging.verdicts import (
     EQUAL,
     IDENTICAL,
     NO_VERDICT,

@@ -15,8 +15,8 @@ from nai_xl.compare.comparison import Comparison
 from nai_xl.compare.costs import Cost, Target
 from nai_xl.compare.figures.canvas import Drawn
 from nai_xl.compare.figures.draw import Figures
+from nai_xl.compare.judging.rows import Row
 from nai_xl.compare.power import SEEDS, Power, needed, power
-from nai_xl.compare.rows import Row
 from nai_xl.compare.runs.naming import word
 from nai_xl.compare.wording import (
     CONTRAST_COLUMNS,

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from nai_xl.compare.comparison import Comparison
+from nai_xl.compare.judging.rows import Row
 from nai_xl.compare.power import power
-from nai_xl.compare.rows import Row
 from nai_xl.compare.wording import answer
 
 CSV_COLUMNS = (

@@ -17,9 +17,10 @@ from typing import Any
 
 from scipy import special
 
-from nai_xl.compare.crossed import LEVEL
-from nai_xl.compare.rows import LEAST_SEEDS
+from nai_xl.compare.statistics.crossed import LEVEL
 
+LEAST_SEEDS = 3  # of a verdict: two show whether a sweep runs, but know their spread to a factor of 30 only
+TINY = 1e-300  # a level that a look after few of very many seeds may have
 LOOKS = (3, 6)  # where none are named: a look after every seed would cost much power (docs/compare.md)
 
 DECIDED = "decided"  # of sweep.seeds_until

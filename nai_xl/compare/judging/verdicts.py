@@ -12,7 +12,7 @@ from typing import Any, get_args
 from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
-from nai_xl.compare.crossed import LEVEL
+from nai_xl.compare.statistics.crossed import LEVEL
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError, keyed
 from nai_xl.interfaces import Direction

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nai_xl.compare.crossed import LEVEL, Array, Crossed, critical_t, crossed, resolution
+from nai_xl.compare.statistics.crossed import LEVEL, Array, Crossed, critical_t, crossed, resolution
 
 RESAMPLES = 2000
 

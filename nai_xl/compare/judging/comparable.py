@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from omegaconf import DictConfig
 
 from nai_xl.compare.arms import ArmRuns
+from nai_xl.compare.judging.verdicts import Scopes, declared_by, declared_scopes, longest
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, different_keys
-from nai_xl.compare.verdicts import Scopes, declared_by, declared_scopes, longest
 
 # what data.epoch_plan is a function of: which image stands at which position of a run
 OF_THE_PLAN = ("bucketing", "data", "native.resolution", "native.bucket_step", "run.batch_size", "run.chunk")

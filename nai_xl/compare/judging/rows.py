@@ -9,11 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nai_xl.compare.arms import ArmRuns
-from nai_xl.compare.crossed import LEVEL
-from nai_xl.compare.items import item_tables, unlike_items
-from nai_xl.compare.paired import Effect, effect, grown, holm
-from nai_xl.compare.runs.run import Run
-from nai_xl.compare.verdicts import (
+from nai_xl.compare.judging.items import item_tables, unlike_items
+from nai_xl.compare.judging.verdicts import (
     ERRORS_WITHIN,
     FAILED,
     IDENTICAL,
@@ -31,9 +28,10 @@ from nai_xl.compare.verdicts import (
     parse_margin,
     verdict,
 )  # fmt: skip
-
-TINY = 1e-300  # a level that a look after few of very many seeds may have
-LEAST_SEEDS = 3  # two seeds show whether a sweep runs; the spread of two is known to a factor of 30
+from nai_xl.compare.runs.run import Run
+from nai_xl.compare.statistics.crossed import LEVEL
+from nai_xl.compare.statistics.paired import Effect, effect, grown, holm
+from nai_xl.compare.statistics.spending import LEAST_SEEDS, TINY
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nai_xl.compare.arms import ArmRuns
-from nai_xl.compare.crossed import LEVEL, Array
-from nai_xl.compare.items import item_tables
-from nai_xl.compare.paired import Effect, effect, holm
-from nai_xl.compare.rows import LEAST_SEEDS, TINY, last_common_step
-from nai_xl.compare.verdicts import UNDECIDED, Claims, Directions, better_direction, verdict
+from nai_xl.compare.judging.items import item_tables
+from nai_xl.compare.judging.rows import last_common_step
+from nai_xl.compare.judging.verdicts import UNDECIDED, Claims, Directions, better_direction, verdict
+from nai_xl.compare.statistics.crossed import LEVEL, Array
+from nai_xl.compare.statistics.paired import Effect, effect, holm
+from nai_xl.compare.statistics.spending import LEAST_SEEDS, TINY
 
 SHOWN = "shown"  # of an interaction, which is neither better nor worse
 

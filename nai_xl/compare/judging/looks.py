@@ -14,10 +14,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from nai_xl.compare.arms import ArmRuns
-from nai_xl.compare.crossed import LEVEL
-from nai_xl.compare.rows import Row
-from nai_xl.compare.spending import Plan
-from nai_xl.compare.verdicts import UNDECIDED
+from nai_xl.compare.judging.rows import Row
+from nai_xl.compare.judging.verdicts import UNDECIDED
+from nai_xl.compare.statistics.crossed import LEVEL
+from nai_xl.compare.statistics.spending import Plan
 from nai_xl.record.looks import ArmLook, Look
 
 Judge = Callable[[Sequence[Row]], list[Row]]

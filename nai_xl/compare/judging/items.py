@@ -10,8 +10,8 @@ from statistics import fmean
 
 import numpy as np
 
-from nai_xl.compare.crossed import Array
 from nai_xl.compare.runs.run import Run
+from nai_xl.compare.statistics.crossed import Array
 
 NOISE_OF_PROMPT = re.compile(r"/\d+$")  # evals.prompted names its items <prompt>/<number of the noise>
 
