@@ -15,87 +15,24 @@ import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from common import Row, command, write
+from crossed_tables import Array, adjusted, spreads
 from numpy.typing import NDArray
-from scipy import special
 
-from nai_xl.compare.statistics.crossed import LEVEL, Crossed, chi_square_over_df, crossed
+from nai_xl.compare.statistics.crossed import LEVEL, Crossed, crossed
 from nai_xl.compare.statistics.paired import holm
 from nai_xl.compare.statistics.spending import LEAST_SEEDS, Plan
 
-Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 ITEMS = 12
 PLANS = {"1 look": (), "3 looks": (3, 6), "5 looks": (3, 5, 7, 9), "8 looks": tuple(range(3, 10))}
 SEEDS = 10
-SEED_NODES, ITEM_NODES = (40, 30.0), (10, 10.0)  # number and span, see crossed.py
+NODES = (40, 30.0), (10, 10.0)
 CHUNK = 400  # sweeps drawn at a time
 FAR = 1.5  # standard errors, below which p is above 0.1
-
-
-# --- p ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spreads:
-    """crossed.Crossed for many tables at once: arrays of one shape."""
-
-    seeds: int
-    items: int
-    of_seeds: Array
-    of_items: Array
-    of_both: Array
-
-    def p(self, difference: Array) -> Array:
-        """1 in place of those that are far from any verdict, where there are items."""
-        if self.items == 1:
-            t = np.abs(difference) / np.sqrt(self.of_seeds)
-            return np.asarray(2 * special.stdtr(self.seeds - 1, -t))
-        found = np.ones_like(difference)
-        variance = self.of_seeds + np.maximum(self.of_items - self.of_both, 0.0)
-        near = np.abs(difference) > FAR * np.sqrt(variance)
-        for start in range(0, int(near.sum()), CHUNK):
-            some = tuple(index[start : start + CHUNK] for index in np.nonzero(near))
-            found[some] = self._crossed_p(some, np.abs(difference[some]))
-        return found
-
-    def _crossed_p(self, some: tuple[Any, ...], difference: Array) -> Array:
-        parts = [value[some][:, None] for value in (self.of_seeds, self.of_items, self.of_both)]
-        u1, w1 = chi_square_over_df(self.seeds - 1, *SEED_NODES)
-        u2, w2 = chi_square_over_df(self.items - 1, *ITEM_NODES)
-        u3, w3 = chi_square_over_df((self.seeds - 1) * (self.items - 1), *ITEM_NODES)
-        of_items = np.maximum(parts[1][..., None] / u2[:, None] - parts[2][..., None] / u3, 0.0)
-        of_items = of_items.reshape(len(of_items), 1, -1)
-        deviation = np.sqrt(parts[0][..., None] / u1[:, None] + of_items)
-        tails = special.ndtr(-difference[:, None, None] / deviation)
-        return np.asarray(2 * np.einsum("dij,i,j->d", tails, w1, (w2[:, None] * w3).ravel()))
-
-
-def spreads(tables: Array) -> Spreads:
-    """Mean squares of tables [..., seeds, items], as crossed.crossed has them."""
-    *_, seeds, items = tables.shape
-    by_seed = tables.mean(-1).var(-1, ddof=1) / seeds
-    if items == 1:
-        return Spreads(seeds, 1, by_seed, np.zeros_like(by_seed), np.zeros_like(by_seed))
-    by_item = tables.mean(-2).var(-1, ddof=1) / items
-    rest = tables - tables.mean(-1, keepdims=True) - tables.mean(-2, keepdims=True)
-    rest = rest + tables.mean((-2, -1), keepdims=True)
-    both = (rest**2).sum((-2, -1)) / ((seeds - 1) * (items - 1)) / (seeds * items)
-    return Spreads(seeds, items, by_seed, by_item, both)
-
-
-def adjusted(p: Array, possible: int) -> Array:
-    """paired.holm of each row of p [draws, claims]."""
-    order = np.argsort(p, axis=1)
-    times = np.minimum(possible, p.shape[1] - np.arange(p.shape[1]))
-    in_order = np.minimum(np.maximum.accumulate(np.take_along_axis(p, order, 1) * times, axis=1), 1.0)
-    found = np.empty_like(p)
-    np.put_along_axis(found, order, in_order, 1)
-    return found
 
 
 def check() -> float:
@@ -105,14 +42,14 @@ def check() -> float:
         for of_items in (0.3, 3.0):
             tables = draw_noise(random, "normal", 40, 1, 1, seeds, of_items)[:, 0, 0]
             means = tables.mean((1, 2)) * np.tile([1.0, 2.0, 4.0, 8.0], 10)
-            fast = spreads(tables).p(means)
+            fast = spreads(tables).p(means, NODES, FAR)
             right = np.array([crossed(table).p(mean) for table, mean in zip(tables, means, strict=True)])
             worst = max(worst, float(np.abs(fast / right - 1)[(right > 1e-5) & (right < LEVEL)].max()))
     p = random.random((20, 8)) ** 3
     for row, found in zip(p, adjusted(p, 4), strict=True):
         assert np.allclose(holm(list(row), possible=4), found)
     plain = spreads(random.normal(size=(1, 5, 1)))
-    assert np.isclose(plain.p(np.array([1.0]))[0], Crossed(5, 1, float(plain.of_seeds[0])).p(1.0))
+    assert np.isclose(plain.p(np.array([1.0]), NODES)[0], Crossed(5, 1, float(plain.of_seeds[0])).p(1.0))
     return worst
 
 
@@ -180,11 +117,11 @@ def _claims(case: Case, draws: int, random: np.random.Generator) -> Claims:
     for seeds in range(LEAST_SEEDS, case.seeds + 1):
         seen = tables[..., :seeds, :]
         spread, means = spreads(seen), seen.mean((-2, -1))
-        different.append(spread.p(means))
+        different.append(spread.p(means, NODES, FAR))
         positive.append(means > 0)
         if case.margin is not None:
             inside = case.margin - np.abs(means)
-            equal.append(np.where(inside > 0, spread.p(inside) / 2, 1.0))
+            equal.append(np.where(inside > 0, spread.p(inside, NODES, FAR) / 2, 1.0))
     return Claims(np.stack(different), np.stack(equal) if equal else None, np.stack(positive))
 
 

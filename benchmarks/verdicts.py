@@ -11,94 +11,35 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from common import RESULTS, Row, command, write
-from numpy.typing import NDArray
-from scipy import special, stats
+from crossed_tables import Array, Spreads, adjusted, spreads
+from scipy import stats
 
-from nai_xl.compare.statistics import crossed
-from nai_xl.compare.statistics.paired import holm
-
-Array = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
-AT_ONCE = 256
-NODES = 28, 16  # of seeds and items: fewer than crossed.Crossed has, for the sake of 20,000 draws a row
+NODES = (28, 24.0), (16, 14.0)
 
 
 # --- the two statistics, for many tables at once ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Squares:
-    """Of tables [N, S, I]: means and mean squares over S I, each [N]."""
-
-    shape: tuple[int, int]
-    mean: Array
-    of_seeds: Array
-    of_items: Array
-    of_both: Array
-
-
-def squares(tables: Array, step: float = 0.0) -> Squares:
-    """`step`: that of the values, as crossed.crossed has it; only today's statistic knows it."""
-    _, seeds, items = tables.shape
-    mean, by_seed, by_item = tables.mean((1, 2)), tables.mean(2), tables.mean(1)
-    of_seeds = np.maximum(by_seed.var(1, ddof=1) / seeds, step**2 / 6 / (seeds * items))
-    if items == 1:
-        return Squares((seeds, items), mean, of_seeds, np.zeros_like(mean), np.zeros_like(mean))
-    rest = tables - by_seed[:, :, None] - by_item[:, None, :] + mean[:, None, None]
-    both = (rest**2).sum((1, 2)) / ((seeds - 1) * (items - 1)) / (seeds * items)
-    return Squares((seeds, items), mean, of_seeds, by_item.var(1, ddof=1) / items, both)
-
-
-def p_of_0_1(found: Squares, difference: Array) -> Array:
+def p_of_0_1(found: Spreads, difference: Array) -> Array:
     """Student's t with Satterthwaite's degrees of freedom."""
-    seeds, items = found.shape
-    of_items = np.maximum(found.of_items - found.of_both, 0)
-    variance = found.of_seeds + of_items
+    variance = found.of_seeds + found.more_by_items
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = (found.of_seeds / variance) ** 2 / (seeds - 1) + (of_items / variance) ** 2 / max(1, items - 1)
-        p = 2 * stats.t.sf(np.abs(difference) / np.sqrt(variance), 1 / shares)
+        of_seeds, of_items = ((part / variance) ** 2 for part in (found.of_seeds, found.more_by_items))
+        df = 1 / (of_seeds / (found.seeds - 1) + of_items / max(1, found.items - 1))
+        p = 2 * stats.t.sf(np.abs(difference) / np.sqrt(variance), df)
     return np.where(difference == 0, 1.0, np.where(variance > 0, p, 0.0))
 
 
-def p_of_today(found: Squares, difference: Array) -> Array:
-    """crossed.Crossed.p on fewer nodes."""
-    seeds, items = found.shape
-    if items == 1:
-        return p_of_0_1(found, difference)
-    of_seeds, weights = _deviates(seeds, items)
-    u1, u2, u3 = of_seeds
-    out = np.empty(len(difference))
-    for start in range(0, len(out), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        of_items = np.maximum(found.of_items[some, None] / u2 - found.of_both[some, None] / u3, 0)
-        variance = np.maximum(found.of_seeds[some, None] / u1 + of_items, np.finfo(float).tiny)
-        out[some] = 2 * special.ndtr(-np.abs(difference[some, None]) / np.sqrt(variance)) @ weights
-    return np.where(difference == 0, 1.0, out)
+def p_of_today(found: Spreads, difference: Array) -> Array:
+    return found.p(difference, NODES)
 
 
-@cache
-def _deviates(seeds: int, items: int) -> tuple[tuple[Array, ...], Array]:
-    """u1, u2 and u3 of crossed.py, and the weight of each triple."""
-    many, few = NODES
-    parts = [
-        crossed.chi_square_over_df(seeds - 1, many, 24.0),
-        crossed.chi_square_over_df(items - 1, few, crossed.ITEM_SPAN),
-        crossed.chi_square_over_df((seeds - 1) * (items - 1), few, crossed.ITEM_SPAN),
-    ]
-    values = np.meshgrid(*(values for values, _ in parts), indexing="ij")
-    weights = np.meshgrid(*(weights for _, weights in parts), indexing="ij")
-    product = (weights[0] * weights[1] * weights[2]).ravel()
-    kept = product > 1e-14
-    return tuple(value.ravel()[kept] for value in values), product[kept]
-
-
-STATISTICS: Mapping[str, Callable[[Squares, Array], Array]] = {"0.1": p_of_0_1, "today": p_of_today}
+STATISTICS: Mapping[str, Callable[[Spreads, Array], Array]] = {"0.1": p_of_0_1, "today": p_of_today}
 
 
 # --- what is simulated ------------------------------------------------------------------------------------------------
@@ -159,7 +100,7 @@ def intervals(draws: int) -> Iterator[Row]:
         if items == 1 and spread != "alike":
             continue
         tables = differences(draw, sds, draws, seeds, items)
-        found = squares(tables)
+        found = spreads(tables)
         row: Row = {"values": name, "spread by": spread if items > 1 else "", "seeds": seeds, "items": items}
         for prefix, statistic in STATISTICS.items():
             row |= judged(statistic(found, found.mean), prefix)
@@ -177,7 +118,7 @@ def _of_errors(draws: int) -> Iterator[Row]:
         if items == 1 and spread != "alike":
             continue
         baseline, arm = errors(sds, draws, seeds, items)
-        plain, ratios = squares(arm - baseline), squares(np.log(arm / baseline))
+        plain, ratios = spreads(arm - baseline), spreads(np.log(arm / baseline))
         true, ratio = float((arm - baseline).mean()), float(np.log(0.9))
         row: Row = {"values": "errors", "spread by": spread if items > 1 else "", "seeds": seeds, "items": items}
         row |= judged(p_of_0_1(plain, plain.mean - true), "0.1")
@@ -190,7 +131,7 @@ def _of_errors(draws: int) -> Iterator[Row]:
 def _of_counts(draws: int) -> Iterator[Row]:
     for seeds, of in itertools.product((2, 3, 5, 12), (8, 24)):
         first, second = counts(draws, seeds, of)
-        found, stepped = squares(second - first), squares(second - first, step=1 / of)
+        found, stepped = spreads(second - first), spreads(second - first, step=1 / of)
         row: Row = {"values": f"shares of {of}", "seeds": seeds, "items": 1}
         row |= judged(p_of_0_1(found, found.mean), "0.1")
         yield row | judged(p_of_today(stepped, stepped.mean), "today")
@@ -212,13 +153,12 @@ def family(
                 for _ in range(arms)
             ]
             for side in sides[1:]:
-                found = squares(np.asarray(side - sides[0]))
+                found = spreads(np.asarray(side - sides[0]))
                 for name, statistic in STATISTICS.items():
                     p[name].append(statistic(found, found.mean))
         row: Row = {"seeds": many, "spread by": spread}
         for name, each in p.items():
-            smallest = np.array([holm(list(column))[int(np.argmin(column))] for column in np.array(each).T])
-            row[f"any false verdict {name}"] = float((smallest < 0.05).mean())
+            row[f"any false verdict {name}"] = float((adjusted(np.array(each).T, len(each)) < 0.05).any(1).mean())
         yield row
 
 
@@ -227,7 +167,7 @@ def equal(draws: int) -> Iterator[Row]:
     for seeds, items, (spread, sds) in itertools.product((3, 5, 12), (1, 16, 64), SPREADS.items()):
         if items == 1 and spread != "alike":
             continue
-        found = squares(differences(normal, sds, draws, seeds, items))
+        found = spreads(differences(normal, sds, draws, seeds, items))
         deviation = float(found.mean.std())
         for margin in (3, 6):
             inside = [margin * deviation - np.abs(found.mean + true) for true in (margin * deviation, 0.0)]

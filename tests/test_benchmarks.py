@@ -127,7 +127,7 @@ def test_the_simulated_p_is_that_of_compare(load: Any, shape: tuple[int, int]) -
     """verdicts.py computes it for many tables at once, on fewer nodes."""
     verdicts = load("verdicts")
     tables = verdicts.differences(verdicts.normal, (1, 1, 1), 60, *shape)
-    found = verdicts.squares(tables)
+    found = verdicts.spreads(tables)
     fast = verdicts.p_of_today(found, found.mean)
     slow = [crossed(table).p(float(table.mean())) for table in tables]
     assert fast == pytest.approx(slow, rel=0.02, abs=1e-5)

@@ -53,7 +53,7 @@ class Comparison:
     @cached_property
     def contrasts(self) -> list[Contrast]:
         """Main effects and interactions, where the arms are a full grid; of the metrics that are judged."""
-        judged = [metric for metric in self.metrics if any(row.broken != NEITHER for row in self.of(metric))]
+        judged = [metric for metric in self.metrics if any(row.withheld != NEITHER for row in self.of(metric))]
         return contrasts(self.arms, judged, self.directions, min((row.level for row in self.rows), default=LEVEL))
 
     @cached_property
@@ -110,7 +110,7 @@ def compare(
     rows = [measure(metric, arm, baseline, directions) for metric in metrics for arm in arms[1:]]
     if not asked.metrics:  # what nobody asked for costs no verdict its certainty unless it can be better or worse
         rows = [
-            row if better_direction(row.metric, directions) else replace(row, broken=row.broken or NEITHER)
+            row if better_direction(row.metric, directions) else replace(row, withheld=row.withheld or NEITHER)
             for row in rows
         ]
     ratios = dict.fromkeys(row.metric for row in rows if row.effect and row.effect.ratio)

@@ -145,7 +145,7 @@ def _limit(row: Row) -> str:
     not judged.
     """
     if row.verdict == NO_VERDICT:
-        return f" ({row.broken})"
+        return f" ({row.withheld})"
     e = row.effect
     if row.verdict != UNDECIDED or e is None or e.low is None or e.high is None:
         return ""

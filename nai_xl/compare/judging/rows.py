@@ -51,7 +51,7 @@ class Row:
     seeds: Sequence[int] = ()
     step: int | None = None
     images: float | None = None
-    broken: str = ""  # why there is no verdict although there is a difference
+    withheld: str = ""  # why there is no verdict although there is a difference
     level: float = LEVEL  # which one of several looks may take; p_holm and p_equal are adjusted for that too
     notes: Sequence[str] = ()
 
@@ -64,7 +64,7 @@ class Row:
     def tested(self) -> bool:
         """Whether there is enough to test a claim."""
         e = self.effect
-        return e is not None and e.p is not None and e.seeds >= LEAST_SEEDS and not self.broken
+        return e is not None and e.p is not None and e.seeds >= LEAST_SEEDS and not self.withheld
 
     def in_percent(self, difference: float) -> float | None:
         return 100 * difference / abs(self.baseline_mean) if self.baseline_mean else None
@@ -136,12 +136,12 @@ def measure(metric: str, arm: ArmRuns, baseline: ArmRuns, directions: Directions
         seeds=list(finite),
         step=step,
         images=_images(step, list(finite.values())),
-        broken=_broken(arm, baseline, [seed for seed in pairs if seed not in finite], missing),
+        withheld=_withheld(arm, baseline, [seed for seed in pairs if seed not in finite], missing),
         notes=notes,
     )
 
 
-def _broken(arm: ArmRuns, baseline: ArmRuns, infinite: Sequence[int], missing: int) -> str:
+def _withheld(arm: ArmRuns, baseline: ArmRuns, infinite: Sequence[int], missing: int) -> str:
     """Why what is left of the runs is a selection that must not be judged; '' where nothing is wrong.
 
     Runs seldom fail by chance: an arm that diverges with one seed of four is not known by its other three.
@@ -247,7 +247,7 @@ def _judged(
 ) -> Row:
     if row.effect is None:
         return row
-    if row.broken:
+    if row.withheld:
         return replace(row, verdict=NO_VERDICT)
     if row.effect.low == row.effect.high == 0:  # every number is the same: one seed is enough to see that
         return replace(row, p_holm=different, p_equal=equal, verdict=IDENTICAL)
