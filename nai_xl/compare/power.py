@@ -29,13 +29,7 @@ class Power:
     relative: bool  # the differences are shares of the baseline, not in the metric's units
     wanted: int | None  # seeds that the wanted difference takes; None where none was asked for, or no number does
     minutes: float | None  # that the seeds beyond these would take, arm and baseline one after the other
-
-    @property
-    def hopeless(self) -> str:
-        """Why no number of seeds was found."""
-        if not self.relative:
-            return "is no size where the baseline is 0"
-        return "is not shown by any number of seeds" + ("; more items might" if self.items > 1 else "")
+    hopeless: str  # why no number of seeds was found
 
     def size(self, seeds: int) -> str:
         """The difference that so many seeds show: '0.8 %', or in the metric's units."""
@@ -58,6 +52,9 @@ def _power(row: Row, wanted: str, arm: Cost, baseline: Cost) -> Power:
     spread = row.effect.spread
     goal = on_tested_scale(row, wanted) if wanted else None
     seeds = spread.seeds_for(goal) if goal is not None else None
+    hopeless = "is not shown by any number of seeds" + ("; more items might" if spread.items > 1 else "")
+    if goal is None:
+        hopeless = "is no size where the baseline is 0"
     minutes = None
     if seeds is not None and arm.seconds is not None and baseline.seconds is not None:
         minutes = max(0, seeds - spread.seeds) * (arm.seconds + baseline.seconds) / 60
@@ -72,6 +69,7 @@ def _power(row: Row, wanted: str, arm: Cost, baseline: Cost) -> Power:
         relative,
         seeds,
         minutes,
+        hopeless,
     )
 
 

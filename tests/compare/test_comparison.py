@@ -16,6 +16,7 @@ from nai_xl.compare.comparison import Comparison, compare
 from nai_xl.compare.figures import curves
 from nai_xl.compare.figures.canvas import Drawn
 from nai_xl.compare.judging.rows import Row
+from nai_xl.compare.power import needed
 from nai_xl.compare.question import Question
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.compare.runs.naming import NOT_OF_THE_METHOD, named_by_differences
@@ -400,3 +401,18 @@ def test_items_of_which_none_is_shared_are_said(tmp_path: Path, shared: int | No
     found = compare(runs, Question("x", baseline="loss=uniform", metrics=["val/loss"]))
     assert any(told in line for line in remarks(found))
     assert (found.rows[0].verdict == "no verdict") == (shared == 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"), [("1%", "is no size where the baseline is 0"), ("1e-9", "is not shown by any number of seeds")]
+)
+def test_a_difference_that_no_number_of_seeds_shows_is_told_with_its_reason(wanted: str, told: str) -> None:
+    values = {"a": [-1.0, 0.0, 1.0], "b": [-0.3, 0.7, 2.9]}
+    runs = [
+        Run(f"{arm}-{s}", {"loss": arm}, s, curves={"mine/x": {1: v}})
+        for arm, row in values.items()
+        for s, v in enumerate(row)
+    ]
+    asked = Question("x", baseline="loss=a", metrics=["mine/x"], detect=wanted)
+    (line,) = needed(compare(runs, asked))
+    assert line.endswith(told)
