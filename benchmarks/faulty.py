@@ -1,4 +1,4 @@
-"""A run that is hurt from outside: its processes found, killed and counted, and what it left compared with another's."""
+"""A run that is hurt from outside: its processes found and killed, and what it left compared with another's."""
 
 from __future__ import annotations
 
