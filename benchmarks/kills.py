@@ -24,7 +24,8 @@ from faulty import Start, differences, last_step, run_of
 ARMS = {"one": (1, []), "ddp": (2, ["distributed=ddp"]), "fsdp2": (2, ["distributed=fsdp2"])}
 SETTINGS = (
     "data=sample data.held_out=0.2 tracker=jsonl run.batch_size=2 run.chunk=4 run.log_every=1 run.checkpoint_every=5 "
-    "sampling.steps=2 evals=[sample_grid,val_loss] evals.sample_grid.every=10 evals.sample_grid.count=2 evals.val_loss.every=10"
+    "sampling.steps=2 evals=[sample_grid,val_loss] evals.sample_grid.every=10 evals.sample_grid.count=2 "
+    "evals.val_loss.every=10"
 ).split()
 PATIENCE = 300.0  # seconds until a start counts as stuck
 
