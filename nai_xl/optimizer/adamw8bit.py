@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class AdamW8bit(AdamWBf16):
     moment that stochastic rounding took to 0 would make a step of m / eps.
     """
 
-    per_block = {"exp_avg_scales": blockwise.BLOCK, "exp_avg_sq_scales": blockwise.BLOCK}
+    per_block: ClassVar[Mapping[str, int]] = {"exp_avg_scales": blockwise.BLOCK, "exp_avg_sq_scales": blockwise.BLOCK}
 
     def fits(self, p: Tensor) -> bool:
         return blockwise.fits(p, self.parts.get(p))

@@ -62,6 +62,6 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
 
 
 def decode_from(first: int, codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """float32 [n] for codes [n] that begin with element `first` of a tensor, within the first of its blocks' `scales`."""
+    """float32 [n] for codes [n] that begin with element `first` of a tensor, inside the block of scales[0]."""
     block = (torch.arange(len(codes), device=codes.device) + first % BLOCK) // BLOCK
     return code_values(signed, codes.device)[codes.int()] * scales[block]

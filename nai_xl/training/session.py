@@ -74,9 +74,9 @@ class Session:
             self._announce(data, tracker, start, steps)
             if self._loop(data, state, tracker, checkpoints, stop, start, steps) < steps:
                 raise Stopped
-            weights = state.averages()
+            weights = state.delivered()
             if strategy.first:
-                spec.task.deliver(data, trainable.deliver(weights), home.pipeline)
+                spec.task.deliver(data, weights, home.pipeline)
                 for grid in home.newest_samples():
                     tracker.artifact(grid)
             strategy.wait()
