@@ -16,18 +16,17 @@ from accelerate import InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from pydantic import Field
 from torch import Tensor, distributed, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from nai_xl.distributed.alone import process_group
 from nai_xl.distributed.plain import become, structure_of
 from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights
 from nai_xl.distributed.start import accelerator
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
-from nai_xl.memory import process_wide
 from nai_xl.memory.action import MemoryAction
 from nai_xl.optimizer.part import Part, in_parts, needs_whole_tensors
 from nai_xl.optimizer.update import WholeUpdate, norm_of
@@ -62,6 +61,11 @@ class Fsdp2(Engine):
                 "memory: optimizer_in_backward needs whole gradients, and distributed=fsdp2 shares them out; set "
                 "'~memory.optimizer_in_backward', or distributed=ddp on one process"
             )
+        if untried := [action.key for action in actions if action.replaces_products]:
+            raise UserError(
+                f"memory: {untried[0]} has not been tried with distributed=fsdp2; set '~memory.{untried[0]}', or "
+                "distributed=ddp"
+            )
         if needs_whole_tensors(optimizer):
             name = getattr(optimizer, "func", optimizer).__name__
             raise UserError(
@@ -79,10 +83,7 @@ class Fsdp2(Engine):
                 f"distributed.shard_size={self.shard_size} does not divide the {world} processes; set it to a divisor, "
                 "or distributed.shard_size=null"
             )
-        if not distributed.is_initialized():  # one process, without a launcher
-            backend = "nccl" if kind == "cuda" else "gloo"
-            distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-            process_wide.afterwards(distributed.destroy_process_group)
+        process_group(kind)
         if self.shard_size in (None, world):
             return FullySharded(group, init_device_mesh(kind, (world,), mesh_dim_names=("shard",)))
         sizes = (world // self.shard_size, self.shard_size)
@@ -196,8 +197,8 @@ class FullySharded(Ranks):
 
     # --- beside the steps ---------------------------------------------------------------------------------------------
 
-    def kept(self, parameters: Parameters) -> Mapping[str, Tensor]:
-        return parameters
+    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        return ema(parameters=parameters)
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """On the first rank's CPU, one tensor after the other; {} on other ranks."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nai_xl.distributed.weights import Weights
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory.action import MemoryAction
+from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.update import Update, WholeUpdate, norm_of
 
 T = TypeVar("T")
@@ -141,13 +142,15 @@ class Strategy(Protocol):
         """Return when every rank has got here."""
         ...
 
-    def kept(self, parameters: Parameters) -> Mapping[str, Tensor]:
-        """Of Wrapped.parameters those whose average this rank keeps; {} if another rank keeps them."""
+    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        """The average that this rank keeps, of Wrapped.parameters or of its part of them; NoEma of none, if another
+        rank keeps it. ema: called with `parameters`.
+        """
         ...
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Collective. Each rank passes its part of tensors that are named and shaped as Wrapped.parameters; the first
-        rank gets the whole, other ranks may get nothing.
+        """Collective. Each rank passes its part of tensors that are named as Wrapped.parameters, such as averages; the
+        first rank gets the whole, other ranks may get nothing.
         """
         ...
 
@@ -236,8 +239,8 @@ class DataParallel(Ranks):
         norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
         return norm
 
-    def kept(self, parameters: Parameters) -> Mapping[str, Tensor]:
-        return parameters if self.first else {}
+    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        return ema(parameters=parameters) if self.first else NoEma(parameters={})
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors

@@ -13,7 +13,6 @@ from nai_xl.distributed.strategy import Pace, Parameters, Strategy
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Stateful
-from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.lr import LearningRate
 from nai_xl.optimizer.stochastic import keep_layout
 from nai_xl.optimizer.update import Update, UpdateInBackward
@@ -98,7 +97,6 @@ def assemble(
                 "set '~memory.optimizer_in_backward'"
             )
         stepped = update = UpdateInBackward(optimizer, trainable.parameters, max_grad_norm, free)
-    kept = strategy.kept(trainable.parameters)
     return State(
         strategy=strategy,
         trainable=trainable,
@@ -107,7 +105,7 @@ def assemble(
         optimizer=stepped,
         update=update,
         lr=LearningRate(stepped, lr, steps),
-        ema=ema(parameters=kept) if kept else NoEma(parameters={}),
+        ema=strategy.keep(ema, trainable.parameters),
         meter=meter,
     )
 
