@@ -69,10 +69,16 @@ def trained(overrides: Sequence[str], steps: int, world: int, folder: Path) -> d
         settings, parts = training(["tracker=jsonl", "optimizer.lr=1e-3", *run, *overrides], unet, data, folder)
         seen = Losses()
         train(settings, replace(parts, hooks=[seen]), start=0, steps=steps, stop=Stop())
-        held = sum(p.numel() * p.element_size() for p in parts.state.trainable.parameters.values())
+        held = sum(bytes_of(p) for p in parts.state.trainable.parameters.values())
         averages = parts.state.averages().values()
         total = sum(float(average.double().square().sum()) for average in averages)
     return {"losses": seen.values, "bytes": held, "averages": total}
+
+
+def bytes_of(p: Any) -> int:
+    """Of a parameter, or of this rank's part of it; ZeRO 3 has that beside an empty parameter."""
+    kept = getattr(p, "ds_tensor", p)
+    return int(kept.numel() * kept.element_size())
 
 
 def attempted(overrides: Sequence[str], steps: int, world: int, folder: Path) -> dict[str, Any]:

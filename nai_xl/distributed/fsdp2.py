@@ -139,7 +139,7 @@ class FullySharded(Ranks):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         # the root too is dropped after its forward pass: an evaluation must not leave its weights behind
         fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        for method in getattr(module, "forward_methods", ()):
+        for method in getattr(module, "forward_methods", ()):  # of ours that are called otherwise, too
             register_fsdp_forward_method(module, method)
         self._refuse_unsharded(module, before)
 

@@ -62,7 +62,7 @@ class ZeroOptimizer:
             for number, p in zip(numbers, params, strict=True):
                 full = {key: _utils().safe_get_full_optimizer_state(p, key) for key in keys}
                 if self.zero.first and (keys or single):
-                    state[number] = {**{key: value.cpu() for key, value in full.items()}, **single}
+                    state[number] = {**{key: value.cpu() for key, value in full.items()}, **mapped(single, _own)}
             number = numbers.stop
         return {"state": state, "param_groups": groups} if self.zero.first else {}
 
@@ -79,7 +79,7 @@ class ZeroOptimizer:
         first = next(iter(state["state"].values()))
         for flat in self.zero.inner.state.values():
             for key in flat.keys() - set(keys):
-                value = read_part(first[key], None)
+                value = _own(key, read_part(first[key], None))
                 flat[key] = value.to(flat[key].device) if isinstance(value, Tensor) else value
 
     def _kinds(self) -> tuple[list[str], dict[str, Any]]:
@@ -135,6 +135,11 @@ class Partitioned:
             return value if p is None else self.zero.part(value, p)
 
         self.ema.load_state_dict(mapped(state, part))
+
+
+def _own(key: Any, value: Any) -> Any:
+    """A copy: what parameters share would be counted up by each of them."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _shape(p: Any) -> tuple[int, ...]:
