@@ -20,9 +20,9 @@ from nai_xl.diffusion.parameterization import Epsilon
 from nai_xl.diffusion.schedule import scaled_linear
 from nai_xl.diffusion.timesteps import uniform
 from nai_xl.distributed.none import SingleProcess
+from nai_xl.distributed.strategy import Pace
 from nai_xl.interfaces import Batch
 from nai_xl.model.sdxl import load_sdxl
-from nai_xl.optimizer.update import WholeUpdate
 
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}  # relative; architecture's fair-measurement rule
 Step = dict[str, Tensor]
@@ -37,18 +37,17 @@ def compare(model: Path, theirs: Sequence[Step], precision: Any, rate: float) ->
     unet = load_sdxl(model).unet.train()
     unet.enable_gradient_checkpointing()  # changes memory, no value
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    parameters = list(unet.parameters())
-    unet, stepped = strategy.wrap(unet, optimizer)
-    update = WholeUpdate(strategy, stepped, optimizer, parameters, max_grad_norm=1.0)
+    wrapped = strategy.wrap(unet, dict(unet.named_parameters()), lambda _: optimizer, Pace(max_grad_norm=1.0))
+    assert wrapped.update is not None
     objective = Objective(scaled_linear(), Epsilon(), uniform, even)
     rows = []
     for step in theirs:
         batch = as_batch(step).to(strategy.device)
-        losses, level = objective(unet, batch)
+        losses, level = objective(wrapped.module, batch)
         loss = losses.mean()
         strategy.backward(loss)
         noisy = objective.schedule.add_noise(batch.latents, batch.noise, level)
-        ours = {"noisy": noisy, "loss": loss.detach(), "grad_norm": update()}
+        ours = {"noisy": noisy, "loss": loss.detach(), "grad_norm": wrapped.update()}
         rows.append({name: difference(value, step[name]) for name, value in ours.items()})
     return rows
 

@@ -296,7 +296,8 @@ class Evaluator(Protocol):
         `studio` is what the task's `studio` makes: of task=text_to_image an evals.painter.Studio. Evaluate the averaged
         weights with `studio.ema.swapped_in()`. The values of single items, by which comparisons pair, are written with
         record.items.report. Take random numbers from rng.generator and never from torch's global one: an evaluation
-        must not change the training.
+        must not change the training. Under an engine that shards the model every process runs this, and the first one's
+        values and files count: all must call the model equally often.
         """
         ...
 

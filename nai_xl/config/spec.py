@@ -65,6 +65,7 @@ class Spec:
         late: dict[str, Any] = {name: _late(name, parts[name]) for name in LATE}
         spec = cls(cfg=cfg, model=model, **{name: parts[name] for name in names}, **late)
         refuse_misfits(spec.memory, parts["optimizer"], spec.precision.autocast)
+        spec.distributed.refuse_beside(spec.memory, parts["optimizer"], spec.precision.autocast)
         spec.optimizer(params=[nn.Parameter(torch.zeros(1, 1))])  # refuses its settings before weights are read
         _refuse_long_grids(spec)
         return spec
@@ -117,6 +118,8 @@ class Spec:
             meter=meter,
             steps=steps,
             max_grad_norm=self.run.max_grad_norm,
+            batch_size=self.run.batch_size,
+            grad_accum=self.run.grad_accum,
             free=self.task.free_groups(strategy.device),
             in_backward=self.in_backward is not None,
         )

@@ -9,16 +9,15 @@ from typing import ClassVar
 from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from nai_xl.distributed.start import accelerator
-from nai_xl.distributed.strategy import DataParallel, Strategy
+from nai_xl.distributed.strategy import DataParallel, Engine, Strategy
 from nai_xl.interfaces import Precision
 
 
 @dataclass(frozen=True)
-class Ddp:
+class Ddp(Engine):
     """torch's DistributedDataParallel: a copy of the model per process, gradients averaged over all."""
 
-    several: ClassVar[bool] = True  # whether it can use more than one process
-    changes_weights: ClassVar[bool] = False  # by roundings at most
+    several: ClassVar[bool] = True
 
     def start(self, precision: Precision) -> Strategy:
         # buffers are constants here, and views spare a copy of all gradients

@@ -9,17 +9,16 @@ from typing import ClassVar
 from accelerate.state import AcceleratorState
 
 from nai_xl.distributed.start import accelerator
-from nai_xl.distributed.strategy import DataParallel, Strategy
+from nai_xl.distributed.strategy import DataParallel, Engine, Strategy
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Precision
 
 
 @dataclass(frozen=True)
-class SingleProcess:
+class SingleProcess(Engine):
     """One process on one device."""
 
-    several: ClassVar[bool] = False  # whether it can use more than one process
-    changes_weights: ClassVar[bool] = False
+    several: ClassVar[bool] = False
 
     def start(self, precision: Precision) -> Strategy:
         """Raises UserError inside a multi-process launch, where every process would train a model of its own."""

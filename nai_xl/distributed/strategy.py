@@ -6,30 +6,82 @@ decides who acts. Files and words are the first rank's: what a collective brings
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from nai_xl.distributed.weights import Weights
+from nai_xl.interfaces import Ema, Precision, Stateful
+from nai_xl.memory.action import MemoryAction
+from nai_xl.optimizer.ema import NoEma
+from nai_xl.optimizer.update import Update, WholeUpdate, norm_of
+
 T = TypeVar("T")
+Parameters = Mapping[str, nn.Parameter]
+MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
+
+
+class Engine:
+    """What an option of the group `distributed` is.
+
+    several: whether it can use more than one process. shards: whether a process keeps a part of the model only.
+    """
+
+    several: ClassVar[bool]
+    shards: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = False  # by roundings at most
+
+    def refuse_beside(
+        self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: Precision
+    ) -> None:
+        """Raise UserError, naming the override, if the engine cannot train with these choices.
+
+        actions: the memory actions. optimizer: the class or a partial of it, not yet given parameters.
+        """
+
+    def start(self, precision: Precision) -> Strategy:
+        """Join the other processes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How gradients become a step: images of a micro-batch, micro-batches of a step, and the norm that limits it."""
+
+    batch_size: int = 1
+    grad_accum: int = 1
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """What an engine has made of a network.
+
+    module: what the loss calls. parameters: name -> what the optimizer moves and the average follows: this rank's rows
+    where the network is sharded. optimizer: what is stepped; `update` steps it. None where nothing was to be made.
+    """
+
+    module: nn.Module
+    parameters: Parameters
+    optimizer: Any = None
+    update: Update | None = None
 
 
 class Strategy(Protocol):
     """How one run spreads over `world` processes, of which this one is number `rank`.
 
-    whole: every rank holds the whole model and, after the backward pass, its whole gradient. evaluates: this rank takes
-    part in evaluation; where the model is whole, the first rank suffices.
+    evaluates: this rank takes part in evaluation; where the model is whole on every rank, the first suffices.
     """
 
     rank: int
     world: int
     device: torch.device
-    whole: bool
     evaluates: bool
 
     @property
@@ -42,15 +94,29 @@ class Strategy(Protocol):
         """The loss scaler of fp16; None for other precisions."""
         ...
 
-    def wrap(self, module: nn.Module, optimizer: Any | None = None) -> tuple[nn.Module, Any]:
-        """The module that the loss calls and the optimizer that the update steps; None stays None."""
+    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+        """Spread a network over the processes. parameters: those of it that are trained, by name.
+
+        make: makes the optimizer of Wrapped.parameters, and of others beside them. None: no optimizer is wanted.
+        """
         ...
 
     def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Around the forward and backward pass of a micro-batch; only the `last` one exchanges gradients."""
+        """Around the forward and backward pass of a micro-batch; only the `last` one must exchange gradients."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
+
+    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], parameter: nn.Parameter) -> None:
+        """Run forward and backward once and leave no gradient, so that what compiles has compiled.
+
+        parameter: the first that is trained.
+        """
+        ...
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The Euclidean norm of the whole gradient, of which this rank has `gradients`; a scalar on the device."""
+        ...
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a global norm of `limit`; the norm before, over all ranks, a scalar on the device."""
@@ -76,50 +142,42 @@ class Strategy(Protocol):
         """Return when every rank has got here."""
         ...
 
-    def kept(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
-        """The parameters whose average this rank keeps; {} if another rank keeps them."""
+    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        """The average that this rank keeps, of Wrapped.parameters or of its part of them; NoEma of none, if another
+        rank keeps it. ema: called with `parameters`.
+        """
         ...
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Collective. Each rank passes its own part; the first rank gets the whole."""
+        """Collective. Each rank passes its part of tensors that are named as Wrapped.parameters, such as averages; the
+        first rank gets the whole, other ranks may get nothing.
+        """
+        ...
+
+    def unwrap(self, module: nn.Module) -> None:
+        """Collective. Make the network that was given to `wrap` a plain one again, on the first rank: whole, with its
+        state as it is, in the same object. It is not trained or called by other ranks any more.
+        """
+        ...
+
+    def stateful(self, parameters: Parameters, optimizer: Any, ema: Ema) -> dict[str, Stateful]:
+        """The parts of a checkpoint `weights`, `ema` and `optimizer`, in a form that every engine and world reads."""
         ...
 
 
 @dataclass
-class DataParallel:
-    """Whole copies of the model on accelerate's process group, gradients averaged; one process is the smallest case."""
+class Ranks:
+    """accelerate's process group, and what every engine does with it."""
 
     accelerator: Accelerator
-    whole: bool = True
 
     def __post_init__(self) -> None:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        self.evaluates = self.first
 
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    @property
-    def scaler(self) -> Any:
-        return self.accelerator.scaler
-
-    def wrap(self, module: nn.Module, optimizer: Any | None = None) -> tuple[nn.Module, Any]:
-        if optimizer is None:
-            return self.accelerator.prepare(module), None
-        prepared, stepped = self.accelerator.prepare(module, optimizer)
-        return prepared, stepped
-
-    def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self.accelerator.no_sync(module)
-
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
-
-    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
-        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
-        return norm
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.world > 1:
@@ -140,8 +198,55 @@ class DataParallel:
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def kept(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
-        return parameters if self.first else {}
+
+@dataclass
+class DataParallel(Ranks):
+    """Whole copies of the model on accelerate's process group, gradients averaged; one process is the smallest case."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.evaluates = self.first
+
+    @property
+    def scaler(self) -> Any:
+        return self.accelerator.scaler
+
+    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+        if make is None:
+            return Wrapped(self.accelerator.prepare(module), parameters)
+        inner = make(parameters)
+        prepared, stepped = self.accelerator.prepare(module, inner)
+        update = WholeUpdate(self, stepped, inner, parameters.values(), pace.max_grad_norm)
+        return Wrapped(prepared, parameters, stepped, update)
+
+    def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.accelerator.no_sync(module)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], parameter: nn.Parameter) -> None:
+        """The gradient of the first parameter alone: it runs all blocks' backward passes, keeps no other gradient, and
+        calls none of the hooks that wait for one to be accumulated.
+        """
+        with self.accumulating(module, last=False):
+            torch.autograd.grad(loss(), parameter)
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return norm_of(gradients)
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
+        return norm
+
+    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        return ema(parameters=parameters) if self.first else NoEma(parameters={})
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
+
+    def unwrap(self, module: nn.Module) -> None:
+        pass
+
+    def stateful(self, parameters: Parameters, optimizer: Any, ema: Ema) -> dict[str, Stateful]:
+        return {"weights": Weights(parameters), "ema": ema, "optimizer": optimizer}

@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from nai_xl.adapter.trainable import Trainable
-from nai_xl.distributed.strategy import Strategy
+from nai_xl.distributed.strategy import Pace, Parameters, Strategy
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Stateful
-from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.lr import LearningRate
 from nai_xl.optimizer.stochastic import keep_layout
-from nai_xl.optimizer.update import Update, UpdateInBackward, WholeUpdate
+from nai_xl.optimizer.update import Update, UpdateInBackward
 
 
 @dataclass
@@ -37,12 +36,19 @@ class State:
         """Collective. The averaged weights by name: all of them on the first rank."""
         return self.strategy.full(self.ema.averages())
 
+    def delivered(self) -> dict[str, Tensor]:
+        """Collective, after the last step. What the trainable delivers of the averages; {} but on the first rank."""
+        averages = self.averages()
+        self.strategy.unwrap(self.trainable.module)
+        return self.trainable.deliver(averages) if self.strategy.first else {}
+
     def stateful(self) -> dict[str, Stateful]:
         """The parts that a checkpoint saves, by name."""
+        parts = self.strategy.stateful(self.trainable.parameters, self.optimizer, self.ema)
         return {
-            "unet": Weights(self.trainable.parameters, self.strategy),  # the name that it has had since 0.1
-            "ema": self.ema,
-            "optimizer": self.optimizer,
+            "unet": parts["weights"],  # the name that it has had since 0.1
+            "ema": parts["ema"],
+            "optimizer": parts["optimizer"],
             "scaler": ScalerState(self.strategy.scaler),
             "meter": self.meter,
         }
@@ -58,66 +64,50 @@ def assemble(
     meter: Meter,
     steps: int,
     max_grad_norm: float = 1.0,
+    batch_size: int = 1,
+    grad_accum: int = 1,
     free: Sequence[dict[str, Any]] = (),
     in_backward: bool = False,
 ) -> State:
     """The state before step 0, for a run of `steps` steps.
 
-    optimizer, ema: called with `params` and `parameters`. lr: step, steps -> factor of the optimizer's rate. free:
-    further parameter groups, such as a learned weighting's, which are neither clipped nor averaged over time.
-    in_backward: update each block within the backward pass (memory=[optimizer_in_backward]).
+    optimizer, ema: called with `params` and `parameters`. lr: step, steps -> factor of the optimizer's rate.
+    batch_size, grad_accum: what one process accumulates a step of. free: further parameter groups, such as a learned
+    weighting's, which are neither clipped nor averaged over time. in_backward: update each block within the backward
+    pass (memory=[optimizer_in_backward]).
+
+    The trainable's parameters become those that the strategy has made of them: this rank's rows, if it shards.
     """
-    update: Update
-    if in_backward:
+    learned = [parameter for group in free for parameter in group["params"]]
+
+    def make(parameters: Parameters) -> Any:
+        trainable.parameters = parameters
+        inner = optimizer(params=[*trainable.groups, *free])
+        keep_layout(inner)
+        return inner
+
+    pace = Pace(batch_size, grad_accum, max_grad_norm)
+    wrapped = strategy.wrap(trainable.module, trainable.parameters, None if in_backward else make, pace)
+    trainable.parameters = wrapped.parameters
+    stepped, update = wrapped.optimizer, wrapped.update
+    if update is None:
         if any(group.keys() != {"params"} for group in trainable.groups):
             raise UserError(
                 "memory: optimizer_in_backward knows one rate for all of a network, and this adapter asks for several; "
                 "set '~memory.optimizer_in_backward'"
             )
-        module, _ = strategy.wrap(trainable.module)
         stepped = update = UpdateInBackward(optimizer, trainable.parameters, max_grad_norm, free)
-    else:
-        inner = optimizer(params=[*trainable.groups, *free])
-        keep_layout(inner)
-        module, stepped = strategy.wrap(trainable.module, inner)
-        update = WholeUpdate(strategy, stepped, inner, trainable.parameters.values(), max_grad_norm)
-    kept = strategy.kept(trainable.parameters)
     return State(
         strategy=strategy,
         trainable=trainable,
-        module=module,
-        learned=[parameter for group in free for parameter in group["params"]],
+        module=wrapped.module,
+        learned=learned,
         optimizer=stepped,
         update=update,
         lr=LearningRate(stepped, lr, steps),
-        ema=ema(parameters=kept) if kept else NoEma(parameters={}),
+        ema=strategy.keep(ema, trainable.parameters),
         meter=meter,
     )
-
-
-@dataclass
-class Weights:
-    """The parameters that are trained, by name, as a Stateful."""
-
-    parameters: Mapping[str, nn.Parameter]
-    strategy: Strategy
-
-    def state_dict(self) -> dict[str, Any]:
-        """Collective: whole on the first rank."""
-        return dict(self.strategy.full({name: p.detach() for name, p in self.parameters.items()}))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when names or shapes differ: a network must not be continued in part."""
-        if _shapes(state) != _shapes(self.parameters):
-            raise UserError(
-                "the run's checkpoint holds the weights of another model or adapter; set name=NAME to begin a new run"
-            )
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(state[name])
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class ScalerState:

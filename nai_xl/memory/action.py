@@ -32,6 +32,9 @@ class MemoryAction:
     updates_in_backward: ClassVar[bool] = False
     """Whether the optimizer updates each block within the backward pass, and no gradient outlives it."""
 
+    replaces_products: ClassVar[bool] = False
+    """Whether the action exchanges layers for some with other matrix products, which keep scales of their own."""
+
     weights_in: ClassVar[torch.dtype | None] = None
     """The type that the action gives the weights; None leaves them as they are."""
 
@@ -49,6 +52,11 @@ class MemoryAction:
     def activation_budget(self) -> float | None:
         """The share of their activations that compiled blocks may keep; None sets no limit."""
         return None
+
+    @property
+    def key(self) -> str:
+        """The option's name in messages, as in '~memory.KEY': the module that the class is in."""
+        return type(self).__module__.rpartition(".")[2]
 
     def apply(self, model: Any) -> None:
         """Change the network, a diffusers model, in place, before the strategy wraps it.

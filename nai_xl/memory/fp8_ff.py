@@ -29,6 +29,7 @@ class Fp8FeedForward(MemoryAction):
 
     emulate: bool = False
 
+    replaces_products = True
     unets_only = True  # an autoencoder has no feed-forward layers
     tolerance = 2e-2  # 3 bits of mantissa round each factor by up to 2^-4; sums average that out
 

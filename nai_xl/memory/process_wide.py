@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,11 @@ def change(owner: Any, name: str, value: Any) -> None:
     """Set an attribute of a module, such as torch.backends.cuda.matmul, until the end of the run."""
     _changes.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def afterwards(call: Callable[[], object]) -> None:
+    """Call this at the end of the run."""
+    _changes.callback(call)
 
 
 @contextmanager

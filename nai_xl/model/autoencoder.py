@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -15,6 +16,7 @@ class TrainableAutoencoder(AutoencoderKL):
     """AutoencoderKL whose call paints a picture again. An existing one becomes one by its class."""
 
     latent_noise: float
+    forward_methods: ClassVar[tuple[str, ...]] = ("encode", "decode")  # called beside forward, by evaluators
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B,3,H,W], noise [B,4,H/8,W/8] -> the picture painted again, and its raw latents, both float32.

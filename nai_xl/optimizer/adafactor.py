@@ -21,6 +21,8 @@ class Adafactor(StochasticOptimizer):
     transformers factor its last two axes instead, 3 x 3 in SDXL, and keep two thirds of a full second moment for it.
     """
 
+    whole_tensors = True  # means of rows and columns, and the update's root mean square
+
     def __init__(
         self,
         params: Any,

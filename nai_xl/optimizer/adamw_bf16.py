@@ -58,7 +58,7 @@ class AdamWBf16(StochasticOptimizer):
 
     def update_one(self, group: dict[str, Any], p: Tensor, correction: Tensor, key: Tensor) -> None:
         """The same in plain torch. `correction` is [2], a row of bias_corrections."""
-        state, words = self.state[p], random_words(key, p.numel())
+        state, words = self.state[p], random_words(key, p.numel(), self.first_element(p))
         m, v = flat(state["exp_avg"]).float(), flat(state["exp_avg_sq"]).float()
         w, m, v = self.moved(group, p, m, v, correction)
         self.write(p, w, words & 0xFFFF)

@@ -7,13 +7,20 @@ import functools
 import torch
 from torch import Tensor
 
+from nai_xl.optimizer.part import Part
+
 BLOCK = 256  # elements that share one float32 scale, as in torchao's and bitsandbytes' present releases
 SMALLEST = 4096  # smaller tensors are not worth it, and are the sensitive ones: biases and norms
 
 
-def fits(x: Tensor) -> bool:
-    """Whether a tensor is kept in 8 bits; the rest stays in its own type."""
-    return x.numel() >= SMALLEST and x.numel() % BLOCK == 0
+def fits(x: Tensor, part: Part | None = None) -> bool:
+    """Whether a tensor is kept in 8 bits; the rest stays in its own type.
+
+    `part`: x is this part of a tensor. Its blocks are then those of the whole tensor, so that a run is the same on any
+    number of processes. Where a cut would go through a block, no process keeps 8 bits.
+    """
+    size = x.numel() if part is None else part.shape[0] * part.width
+    return size >= SMALLEST and size % BLOCK == 0 and (part is None or part.cut_between(BLOCK))
 
 
 @functools.cache
@@ -52,3 +59,9 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """float32 [n] that codes [n] and scales [n / BLOCK] stand for."""
     values = code_values(signed, codes.device)[codes.int()]
     return (values.view(-1, BLOCK) * scales[:, None]).view(-1)
+
+
+def decode_from(first: int, codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """float32 [n] for codes [n] that begin with element `first` of a tensor, inside the block of scales[0]."""
+    block = (torch.arange(len(codes), device=codes.device) + first % BLOCK) // BLOCK
+    return code_values(signed, codes.device)[codes.int()] * scales[block]

@@ -58,15 +58,18 @@ def moved(w, g, m, v, corrections, row, lr, decay, beta1, rest1,
 def adamw(table, chunks, corrections, keys, scale, found, lr, decay, beta1, rest1, beta2, rest2, eps,
           WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
           GUARDED: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """table [n,5] int64: addresses of weight, gradient, both moments, and size; chunks [programs,2]."""
+    """table [n,6] int64: addresses of weight, gradient, both moments, size, and the place of the first element in the
+    tensor that this is a part of; chunks [programs,2].
+    """
     BLOCK: tl.constexpr = 1024
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     begin = tl.load(chunks + 2 * tl.program_id(0) + 1) * CHUNK
-    p = address(table, row, 0, 5, WEIGHT, ALIGNED)
-    gradient = address(table, row, 1, 5, GRADIENT, ALIGNED)
-    exp_avg = address(table, row, 2, 5, WEIGHT, ALIGNED)
-    exp_avg_sq = address(table, row, 3, 5, WEIGHT, ALIGNED)
-    size = tl.load(table + row * 5 + 4)
+    p = address(table, row, 0, 6, WEIGHT, ALIGNED)
+    gradient = address(table, row, 1, 6, GRADIENT, ALIGNED)
+    exp_avg = address(table, row, 2, 6, WEIGHT, ALIGNED)
+    exp_avg_sq = address(table, row, 3, 6, WEIGHT, ALIGNED)
+    size = tl.load(table + row * 6 + 4)
+    first = tl.load(table + row * 6 + 5)
     if ALIGNED:
         size = tl.multiple_of(size, 16)  # so that no group of 16 is cut by the mask: wide loads and stores
     writable = size
@@ -84,7 +87,7 @@ def adamw(table, chunks, corrections, keys, scale, found, lr, decay, beta1, rest
         m = tl.load(exp_avg + at, mask=inside, other=0).to(tl.float32)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0).to(tl.float32)
         w, m, v = moved(w, g, m, v, corrections, row, lr, decay, beta1, rest1, beta2, rest2, eps)
-        words = words_of(keys, row, at)
+        words = words_of(keys, row, first + at)
         more = mix((words + 0x9E3779B9).to(tl.uint32))
         inside = at < writable
         tl.store(p + at, rounded(w, words & 0xFFFF, WEIGHT), mask=inside)
@@ -118,18 +121,19 @@ def adamw8bit(table, chunks, corrections, keys, scale, found, values1, bounds1, 
                rest1, beta2, rest2, eps, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr,
                SCALED: tl.constexpr, GUARDED: tl.constexpr,
                ALIGNED: tl.constexpr):  # fmt: skip
-    """table [n,7] int64: addresses of weight, gradient, codes and scales of both moments, and size."""
+    """table [n,8] int64: addresses of weight, gradient, codes and scales of both moments, size, and first element."""
     ROWS: tl.constexpr = 4
     QUANT: tl.constexpr = 256  # blockwise.BLOCK
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     begin = tl.load(chunks + 2 * tl.program_id(0) + 1) * CHUNK
-    p = address(table, row, 0, 7, WEIGHT, ALIGNED)
-    gradient = address(table, row, 1, 7, GRADIENT, ALIGNED)
-    codes1 = address(table, row, 2, 7, tl.uint8, ALIGNED)
-    scales1 = address(table, row, 3, 7, tl.float32, ALIGNED)
-    codes2 = address(table, row, 4, 7, tl.uint8, ALIGNED)
-    scales2 = address(table, row, 5, 7, tl.float32, ALIGNED)
-    size = tl.multiple_of(tl.load(table + row * 7 + 6), 16)
+    p = address(table, row, 0, 8, WEIGHT, ALIGNED)
+    gradient = address(table, row, 1, 8, GRADIENT, ALIGNED)
+    codes1 = address(table, row, 2, 8, tl.uint8, ALIGNED)
+    scales1 = address(table, row, 3, 8, tl.float32, ALIGNED)
+    codes2 = address(table, row, 4, 8, tl.uint8, ALIGNED)
+    scales2 = address(table, row, 5, 8, tl.float32, ALIGNED)
+    size = tl.multiple_of(tl.load(table + row * 8 + 6), 16)
+    first = tl.load(table + row * 8 + 7)
     writable = size
     if GUARDED:
         writable = tl.where(tl.load(found) == 0, size, 0)
@@ -147,7 +151,7 @@ def adamw8bit(table, chunks, corrections, keys, scale, found, values1, bounds1, 
         v = decoded(codes2, scales2, at, rows, inside, inside_rows, values2)
         w, m, v = moved(w, g, m, v, corrections, row, lr, decay, beta1, rest1, beta2, rest2, eps)
         inside, inside_rows = at < writable, rows * QUANT < writable
-        tl.store(p + at, rounded(w, words_of(keys, row, at) & 0xFFFF, WEIGHT), mask=inside)
+        tl.store(p + at, rounded(w, words_of(keys, row, first + at) & 0xFFFF, WEIGHT), mask=inside)
         store_encoded(codes1, scales1, at, rows, inside, inside_rows, bounds1, m)
         store_encoded(codes2, scales2, at, rows, inside, inside_rows, bounds2, v)
 

@@ -61,8 +61,11 @@ def _launch(
     columns = [params, gradients, *([optimizer.state[p][name] for p in params] for name in names)]
     addresses = [[x.data_ptr() for x in column] for column in columns]
     sizes = tuple(p.numel() for p in params)
-    table = _sent([list(row) for row in zip(*addresses, sizes, strict=True)], params[0].device)
+    firsts = [optimizer.first_element(p) for p in params]
+    table = _sent([list(row) for row in zip(*addresses, sizes, firsts, strict=True)], params[0].device)
     chunks = _chunks(sizes, params[0].device)
+    if not len(chunks):  # parts without an element
+        return
     scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     (beta1, beta2), lr = group["betas"], float(group["lr"])
     kernel[(len(chunks),)](

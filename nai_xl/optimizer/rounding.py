@@ -45,9 +45,9 @@ def step_keys(words: Tensor, steps: Tensor) -> Tensor:
     return mix(mix(words) ^ place)
 
 
-def random_words(key: Tensor, count: int) -> Tensor:
-    """[count] int64 holding 32 random bits for each element, from one parameter's key [2]."""
-    element = torch.arange(count, device=key.device)
+def random_words(key: Tensor, count: int, first: int = 0) -> Tensor:
+    """[count] int64 holding 32 random bits for each element from number `first` on, from one parameter's key [2]."""
+    element = torch.arange(first, first + count, device=key.device)
     return mix(mix(element ^ key[0]).add_(key[1]).bitwise_and_(WORD))
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nai_xl.optimizer.part import Part
 from nai_xl.optimizer.rounding import parameter_words, round_to_bf16, step_keys
 
 
@@ -19,9 +20,15 @@ class StochasticOptimizer(Optimizer):
     Like torch's fused optimizers it honours two optional attributes, 0-dim tensors on the parameters' device:
     `grad_scale`, by which gradients are divided, and `found_inf`: 1 leaves weights and state as they are.
     No step waits for the device. Elements are counted in the order of storage, so weights must be dense.
+
+    per_block: state that has one value for so many elements of the parameter, by its key. parts: which part of a tensor
+    a parameter is, where several processes share it. Rounding counts elements in the whole tensor, so that a run is the
+    same on any number of processes.
     """
 
     stochastic_rounding = True
+    whole_tensors = False  # whether a step computes with whole tensors, so that none can be shared by processes
+    per_block: ClassVar[Mapping[str, int]] = {}
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None  # unset unless the loop sets them, which torch's GradScaler relies on
     found_inf: Tensor | None
@@ -29,6 +36,7 @@ class StochasticOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int):
         self.seed = seed
         self.first_number = 0  # of the parameters, where several optimizers share a model
+        self.parts: Mapping[Tensor, Part] = {}
         self._words: dict[Any, Tensor] = {}
         super().__init__(params, defaults)
 
@@ -88,6 +96,10 @@ class StochasticOptimizer(Optimizer):
             words = [parameter_words(self.seed, number) for number in numbers]
             self._words[device, numbers] = torch.tensor(words, device=device)
         return self._words[device, numbers]
+
+    def first_element(self, p: Tensor) -> int:
+        """The place of the parameter's first element in the tensor that it is a part of."""
+        return self.parts[p].first if p in self.parts else 0
 
     # --- one tensor at a time, in plain torch -------------------------------------------------------------------------
 

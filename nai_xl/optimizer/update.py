@@ -26,10 +26,9 @@ class Update(Protocol):
 class Clipper(Protocol):
     """What an update needs of a distributed strategy (distributed/strategy.py)."""
 
-    whole: bool
-
     @property
     def scaler(self) -> Any: ...
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor: ...
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor: ...
 
 
@@ -53,7 +52,7 @@ class WholeUpdate:
         clipped = {id(p) for p in self.parameters}
         others = any(id(p) not in clipped for group in inner.param_groups for p in group["params"])
         # grad_scale holds for every parameter of the optimizer, so those outside the clip must not be there
-        self.folds = takes_scale(inner) and strategy.scaler is None and strategy.whole and not others
+        self.folds = takes_scale(inner) and strategy.scaler is None and not others
 
     def __call__(self) -> Tensor:
         norm = self._fold_clip() if self.folds else self._clip()
@@ -63,7 +62,7 @@ class WholeUpdate:
 
     def _fold_clip(self) -> Tensor:
         """Leave the division to the optimizer's kernel, which reads the gradient anyway: one pass over it less."""
-        norm = _norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = self.strategy.norm([p.grad for p in self.parameters if p.grad is not None])
         self.inner.grad_scale = (norm / self.max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
         self.inner.found_inf = _found_inf(norm)  # type: ignore[attr-defined]
         return norm
@@ -150,7 +149,7 @@ class UpdateInBackward:
     def _update(self, number: int) -> None:
         optimizer, limit = self.optimizers[number], self.limits[number]
         gradients = [p.grad for p in self.blocks[number] if p.grad is not None]
-        norm = _norm(gradients)
+        norm = norm_of(gradients)
         if limit < float("inf"):
             self.norms.append(norm)
         self.bad = _found_inf(norm) if self.bad is None else torch.maximum(self.bad, _found_inf(norm))
@@ -184,9 +183,9 @@ def takes_scale(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused", True) for group in optimizer.param_groups)
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of them all as one vector, float32 whatever they are."""
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)).norm()
 
 
 def _found_inf(norm: Tensor) -> Tensor:

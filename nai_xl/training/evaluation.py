@@ -34,6 +34,7 @@ def config_of(run: Path, overrides: Sequence[str], config_dir: Path | None = Non
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run}: no run here (no config.yaml); give a folder that nai_xl.train has made") from error
     with open_dict(cfg):
+        cfg.distributed = config.compose(["distributed=none"]).distributed  # one process looks, however many trained
         cfg.evals = config.compose([*overrides, *([config.further(config_dir)] if config_dir else [])]).evals
     config.check(cfg)
     return cfg

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nai_xl import config
@@ -72,11 +74,13 @@ class Session:
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state)
             self._announce(data, tracker, start, steps)
-            if self._loop(data, state, tracker, checkpoints, stop, start, steps) < steps:
+            with self._written() as looks:
+                reached = self._loop(data, state, tracker, checkpoints, stop, looks, start, steps)
+            if reached < steps:
                 raise Stopped
-            weights = state.averages()
+            weights = state.delivered()
             if strategy.first:
-                spec.task.deliver(data, trainable.deliver(weights), home.pipeline)
+                spec.task.deliver(data, weights, home.pipeline)
                 for grid in home.newest_samples():
                     tracker.artifact(grid)
             strategy.wait()
@@ -105,16 +109,17 @@ class Session:
         tracker: Tracker,
         checkpoints: Checkpointer,
         stop: Stop,
+        looks: RunDirectory,
         start: int,
         steps: int,
     ) -> int:
-        """The step reached."""
+        """The step reached. looks: where evaluators write."""
         spec, strategy = self.spec, self.strategy
         read = data.batches(spec.run, strategy, start=start)
         self._precompile(data, state, tracker, start)
         profiler = self._profiler(tracker, steps - start)
         self.screen.begin(start, steps)
-        studio = spec.task.studio(data, state, tracker, self.home)
+        studio = spec.task.studio(data, state, tracker, looks)
         hooks = [
             Profile(profiler),
             Save(checkpoints, spec.run.checkpoint_every, saved=start),
@@ -156,6 +161,15 @@ class Session:
             tracker=tracker,
         )
         return profiler
+
+    @contextmanager
+    def _written(self) -> Iterator[RunDirectory]:
+        """Where evaluators write: the run's directory for the first rank, for others one that is thrown away."""
+        if self.strategy.first:
+            yield self.home
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield RunDirectory(Path(scratch))
 
     @contextmanager
     def _reporting(self, index: Index) -> Iterator[tuple[Any, Stop]]:
