@@ -202,7 +202,7 @@ class LocalCheckpoints:
         return step_of(saved[-1])
 
     def _tidy(self) -> None:
-        """Remove what killed saves have left, and set damaged checkpoints aside, from the newest to a whole one."""
+        """Remove what killed saves have left; set damaged checkpoints aside, from the newest on until one is whole."""
         for path in self.dir.glob("step_*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
         remove_strays(self.dir)
@@ -215,6 +215,7 @@ class LocalCheckpoints:
                 raise UserError(f"{folder} is damaged ({wrong}) and cannot be renamed ({one_line(error)})") from error
             self.remarks.append(f"the checkpoint {folder.name} is damaged ({wrong}); it is kept as {aside}")
         self.held = self._best_on_disk()
+        self._remove_old()
 
     def _refuse_to_begin_anew(self) -> None:
         if aside := sorted(self.dir.glob("step_*.damaged*")):
