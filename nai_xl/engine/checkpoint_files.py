@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nai_xl.data.tensor_file import DTYPES, NAMES, measured
 from nai_xl.distributed.shard import SavedTensor, Shard
-from nai_xl.errors import one_line
+from nai_xl.errors import with_kind
 
 STATE = "state.json"
 READERS = 4  # files that are verified at a time
@@ -131,13 +131,15 @@ def damage(folder: Path) -> str | None:
             with safe_open(folder / f"{name}.safetensors", "pt") as file:
                 join_tensors(tree, file.get_slice)
     except UNREADABLE as error:
-        return one_line(error)
+        return with_kind(error)
     return None
 
 
 def _content(folder: Path) -> dict[str, Any]:
     """state.json. Raises one of UNREADABLE if it is damaged."""
-    content: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    content: Any = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{STATE} holds no JSON object")
     told = content.pop("checksum", None)
     if ("files" in content or told is not None) and told != _own_sum(content):
         raise ValueError(f"the checksum of {STATE} is wrong")
