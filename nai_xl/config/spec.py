@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from nai_xl.engine.gpus import find
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError, keyed
-from nai_xl.interfaces import Evaluator
+from nai_xl.interfaces import Direction, Evaluator
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.task.objective import compose_objective, groups
@@ -68,7 +69,34 @@ class Spec:
         spec.distributed.refuse_beside(spec.memory, parts["optimizer"], spec.precision.autocast)
         spec.optimizer(params=[nn.Parameter(torch.zeros(1, 1))])  # refuses its settings before weights are read
         _refuse_long_grids(spec)
+        _ = spec.best
         return spec
+
+    @property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """The evaluators by their names in the config."""
+        names = [str(name) for name, node in (self.cfg.get("evals") or {}).items() if "_target_" in node]
+        return dict(zip(names, self.evals, strict=True))
+
+    @cached_property
+    def best(self) -> tuple[str, Direction, str | None] | None:
+        """Of checkpoint.best: the metric, its direction, and which evaluator measures it (None: the training itself).
+
+        Raises UserError for a metric that nothing measures, or that has no good direction.
+        """
+        metric = self.cfg.checkpoint.get("best")
+        if metric is None:
+            return None
+        declared = [(None, Meter.better), *((name, one.better) for name, one in self.evaluators.items())]
+        entries = [(start, better[start], name) for name, better in declared for start in better]
+        fitting = [entry for entry in entries if metric.startswith(entry[0])]
+        if not fitting:
+            raise UserError(
+                f"checkpoint.best={metric}: nothing that was chosen measures it and says which values are better. "
+                "Choose its evaluator, such as 'evals=[sample_grid,val_loss]' for val/loss, or set checkpoint.best=null"
+            )
+        _, direction, owner = max(fitting, key=lambda entry: len(entry[0]))
+        return metric, direction, owner
 
     @property
     def compiles(self) -> bool:
@@ -172,8 +200,7 @@ def _late(key: str, make: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse_long_grids(spec: Spec) -> None:
     """Raises UserError for an evaluator that asks for more timesteps than the task's schedule has."""
-    names = [name for name, node in (spec.cfg.get("evals") or {}).items() if "_target_" in node]
-    for name, evaluator in zip(names, spec.evals, strict=True):
+    for name, evaluator in spec.evaluators.items():
         for setting in config.declared(type(evaluator), "within_schedule", ()):
             count = getattr(evaluator, setting)
             if 0 < spec.task.timesteps < count:

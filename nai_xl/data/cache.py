@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nai_xl.data.tensor_file import is_whole, read_tensors
+from nai_xl.data.tensor_file import is_whole, read_tensors, write_checked
 from nai_xl.errors import UserError
 from nai_xl.files import user_cache, write_atomically
 
@@ -28,11 +26,14 @@ def content_key(*parts: object) -> str:
 
 @dataclass(frozen=True)
 class DiskCache:
-    """`dir`/ab/abcd....safetensors; a truncated file counts as missing and is made anew."""
+    """`dir`/ab/abcd....safetensors. A damaged file counts as missing, so that the next look makes it anew: one that is
+    cut short when it is looked for, one whose checksum is wrong when it is read.
+    """
 
     changes_weights: ClassVar[bool] = False
 
     dir: Path | None = None  # default: in the user's cache directory
+    damaged: set[str] = field(default_factory=set, init=False, repr=False, compare=False)  # keys, not yet spoken of
     shared = True
 
     @cached_property
@@ -50,7 +51,10 @@ class DiskCache:
 
     def __contains__(self, key: str) -> bool:
         try:
-            return is_whole(self._file(key))
+            whole = is_whole(self._file(key))
+            if not whole:
+                self.damaged.add(key)
+            return whole
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -58,26 +62,40 @@ class DiskCache:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         try:
-            return read_tensors(self._file(key))
+            tensors = read_tensors(self._file(key))
+            if tensors is None:
+                self.damaged.add(key)
+                self._remove_if_damaged(key)
+            return tensors
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._unreadable(error) from error
 
+    def _remove_if_damaged(self, key: str) -> None:
+        """Its length would make it look whole at the next start. Another process may have made it anew by now."""
+        with suppress(OSError):
+            if read_tensors(self._file(key)) is None:
+                Path(self._file(key)).unlink()
+
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"cache.dir={self.root} cannot be read ({error.strerror}); set cache.dir=DIR")
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
-            write_atomically(Path(self._file(key)), lambda path: save_file(whole, path))
-        except (OSError, SafetensorError) as error:
+            # no wait for the disk: after a power cut, the checksum tells
+            write_atomically(Path(self._file(key)), lambda path: write_checked(path, tensors), durable=False)
+        except OSError as error:
             raise UserError(
                 f"cache.dir={self.root}: cannot write ({error}); free space or set cache.dir=DIR"
             ) from error
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
+        if self.damaged:
+            entries = f"{len(self.damaged)} damaged {'entry' if len(self.damaged) == 1 else 'entries'}"
+            print(f"cache.dir={self.root}: {entries} made anew", file=sys.stderr)
+            self.damaged.clear()
         lock = FileLock(str(self.root / f".{name}.lock"))
         try:
             lock.acquire(timeout=0)

@@ -1,136 +1,238 @@
-"""Checkpoints: safetensors for tensors, JSON for everything else, written aside and renamed. No pickle."""
+"""Checkpoints: safetensors for tensors, JSON for everything else, written beside the training. No pickle."""
 
 from __future__ import annotations
 
-import json
 import shutil
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from pydantic import Field, TypeAdapter
 
 from nai_xl.distributed.strategy import Strategy
-from nai_xl.errors import UserError
+from nai_xl.engine.checkpoint_files import STATE, Reader, damage, split_tensors, step_of
+from nai_xl.engine.checkpoint_writer import Parts, Writer
+from nai_xl.errors import UserError, one_line
+from nai_xl.files import remove_strays
 from nai_xl.interfaces import Stateful
+from nai_xl.record.json_file import Damaged, read_json, write_json
 
-STATE = "state.json"
-
-
-def split_tensors(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `tensors` under their place in it."""
-    if isinstance(value, Tensor):
-        while at in tensors:  # keys 1 and "1", or "a/b" and the b of an a
-            at += "'"
-        tensors[at] = value.detach().cpu().contiguous()
-        return {"tensor": at}
-    if isinstance(value, dict):
-        return {"items": [[key, split_tensors(item, f"{at}/{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return {"list": [split_tensors(item, f"{at}/{i}", tensors) for i, item in enumerate(value)]}
-    return {"value": value}
+BEST = "best.json"
 
 
-def join_tensors(tree: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `split_tensors`; tuples come back as lists."""
-    if "tensor" in tree:
-        return tensors[tree["tensor"]]
-    if "items" in tree:
-        return {key: join_tensors(item, tensors) for key, item in tree["items"]}
-    if "list" in tree:
-        return [join_tensors(item, tensors) for item in tree["list"]]
-    return tree["value"]
+@dataclass(frozen=True)
+class Best:
+    """The content of best.json: the kept checkpoint at which `metric` was best, and its value there."""
+
+    metric: str
+    step: int
+    value: float
+
+
+_BEST = TypeAdapter(Best)
 
 
 class LocalCheckpoints:
     """`dir`/step_00000100/{state.json, <name>.safetensors}; the last `keep` are kept.
 
-    A folder bears its final name only when it is whole, so that a kill at any moment leaves the ones before it usable.
-    Every rank of `strategy` saves and loads.
+    keep_every: those whose step is a multiple of it are kept for ever too. best: the one at which this metric was best
+    is kept too, and a new best is saved when it is found.
+
+    `save` copies the state and returns; a thread writes it, one at a time. A failure is raised by the next call of
+    `check`, `save` or `finish`. A folder bears its final name only when it is whole and on the disk, so that a kill or
+    a power cut at any moment leaves the ones before it usable. Every rank of `strategy` saves and loads: the first
+    writes all whole tensors, and each its own Shards.
     """
 
     changes_weights: ClassVar[bool] = False
 
-    def __init__(self, dir: Path, *, keep: int, strategy: Strategy):
-        self.dir, self.keep, self.strategy = Path(dir), keep, strategy
+    def __init__(
+        self,
+        dir: Path,
+        *,
+        keep: int,
+        strategy: Strategy,
+        keep_every: Annotated[int, Field(ge=1)] | None = None,
+        best: str | None = None,
+    ):
+        self.dir, self.keep, self.strategy, self.keep_every, self.best = Path(dir), keep, strategy, keep_every, best
         self.stateful: dict[str, Stateful] = {}
+        self.remarks: list[str] = []
+        self.unreported: Mapping[str, float] | None = None
+        self.writer = Writer(strategy)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: list[Future[None]] = []
+        self.held = self._best_on_disk()
 
     def bind(self, **stateful: Stateful) -> None:
         """The objects to save and restore, by name."""
         self.stateful = stateful
 
     def saved(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        return sorted(path for path in self.dir.glob("step_*") if path.suffix != ".tmp" and (path / STATE).is_file())
+        """Checkpoints, oldest first, as far as their names tell."""
+        return [path for path in self._folders() if (path / STATE).is_file()]
+
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self.dir.glob("step_*") if not path.suffix)
 
     def latest_step(self) -> int:
         """The step of the newest checkpoint, 0 if there is none."""
+        self.finish()
         saved = self.saved()
-        return int(saved[-1].name.removeprefix("step_")) if saved else 0
+        return step_of(saved[-1]) if saved else 0
 
-    def save(self, step: int) -> Path:
-        """Collective: write the state after optimizer step `step`. Raises UserError when the disk cannot take it."""
-        states = {name: part.state_dict() for name, part in self.stateful.items()}
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, unreported: Mapping[str, float] | None = None) -> Path:
+        """Collective: copy the state after optimizer step `step`, and have it written. Returns the folder to be.
+
+        unreported: what the step has to report; a run that continues here reports it. Raises UserError when the disk
+        cannot take it, or could not take the one before.
+        """
+        self.finish()
         final = self.dir / f"step_{step:08d}"
-        self.strategy.wait()
-        if self.strategy.first:
-            self._write(final, step, states)
-        self.strategy.wait()
+        parts = Parts()
+        for name, part in self.stateful.items():
+            parts.leaves[name] = {}
+            parts.trees[name] = split_tensors(part.state_dict(), name, parts.leaves[name])
+        self.writer.begin(final)
+        self.strategy.wait()  # the folder is empty now, and nobody has begun to fill it
+        self.writer.copy(parts)
+        self._beside(self._write, final, {"step": step, "unreported": dict(unreported or {})}, parts)
         return final
 
-    def _write(self, final: Path, step: int, states: Mapping[str, dict[str, Any]]) -> None:
-        aside = final.with_suffix(".tmp")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            trees = {name: self._write_part(aside, name, state) for name, state in states.items()}
-            (aside / STATE).write_text(json.dumps({"step": step, "parts": trees}))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(
-                f"cannot write the checkpoint {final} ({error}). Earlier checkpoints are whole: free space, or set "
-                "output_dir=DIR, and run the same command again."
-            ) from error
-        for old in self.saved()[: -self.keep]:
-            shutil.rmtree(old)
+    def _write(self, final: Path, content: Mapping[str, Any], parts: Parts) -> None:
+        self.writer.write(final, content, parts)
+        if self.strategy.first:
+            self._remove_old()
 
-    def _write_part(self, folder: Path, name: str, state: dict[str, Any]) -> Any:
-        tensors: dict[str, Tensor] = {}
-        tree = split_tensors(state, name, tensors)
-        # shared storage, such as tied weights, must be written out twice: safetensors refuses it
-        seen: set[int] = set()
-        for key, tensor in tensors.items():
-            if tensor.data_ptr() in seen:
-                tensors[key] = tensor.clone()
-            seen.add(tensor.data_ptr())
-        save_file(tensors, folder / f"{name}.safetensors")
-        return tree
+    def _remove_old(self) -> None:
+        """Keep what is to be kept. A folder loses its name before its files, so that it never looks like damage."""
+        saved = self.saved()
+        for old in saved[: -self.keep]:
+            forever = self.keep_every and step_of(old) % self.keep_every == 0
+            if not forever and not (self.held and self.held.step == step_of(old)):
+                try:
+                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+                except OSError as error:
+                    raise UserError(f"cannot remove the old checkpoint {old} ({one_line(error)})") from error
+
+    def best_value(self) -> float | None:
+        """The value of the metric `best` at the kept checkpoint; None before there is one."""
+        return self.held.value if self.held else None
+
+    def keep_best(self, step: int, value: float) -> None:
+        """The checkpoint of `step`, saved before this call, is the best so far. Noted when that is on the disk."""
+        if self.best is not None and self.strategy.first:
+            self._beside(self._note_best, Best(self.best, step, value))
+
+    def _note_best(self, best: Best) -> None:
+        try:
+            write_json(self.dir / BEST, asdict(best))
+        except OSError as error:
+            raise UserError(f"cannot write {self.dir / BEST} ({one_line(error)}): free space") from error
+        self.held = best
+
+    def _best_on_disk(self) -> Best | None:
+        """None as well where the checkpoint has gone, or another metric was asked for."""
+        try:
+            found = read_json(self.dir / BEST, _BEST, "it is written anew")
+        except Damaged:
+            return None
+        there = found and found.metric == self.best and (self.dir / f"step_{found.step:08d}" / STATE).is_file()
+        return found if there else None
+
+    def _beside(self, work: Any, *given: Any) -> None:
+        self.under_way.append(self.thread.submit(work, *given))
+
+    def check(self) -> None:
+        """Raise the UserError of a save that has failed since the last call."""
+        while self.under_way and self.under_way[0].done():
+            self.under_way.pop(0).result()
+
+    def finish(self) -> None:
+        """Return when everything is written. Raises UserError if something could not be."""
+        while self.under_way:
+            self.under_way.pop(0).result()
+
+    def __enter__(self) -> LocalCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The process leaves no save half done, whatever ends the run."""
+        try:
+            self.finish()
+        except UserError as error:
+            if kind is None:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # beside the one that ends the run
+        finally:
+            self.thread.shutdown()
+
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def load_latest(self) -> int:
-        """Restore the newest checkpoint into the bound objects; the step it was made at, 0 if there is none.
+        """Restore the newest whole checkpoint into the bound objects; the step it was made at, 0 if there is none.
 
-        Raises UserError when its files are damaged, naming the folder to remove.
+        Damaged ones are renamed and kept, and `remarks` tell of them. Raises UserError when no other is left.
+        `unreported` is then what its step has still to report, None for a checkpoint that does not tell.
         """
+        self.finish()
+        if self.strategy.first:
+            self._tidy()
+        self.strategy.wait()
         saved = self.saved()
         if not saved:
+            self._refuse_to_begin_anew()
             return 0
-        try:
-            content = json.loads((saved[-1] / STATE).read_text())
-            loaded = {name: load_file(saved[-1] / f"{name}.safetensors") for name in self.stateful}
-            states = {name: join_tensors(content["parts"][name], loaded[name]) for name in self.stateful}
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reader = Reader(saved[-1])
+        if missing := [name for name in self.stateful if name not in reader.parts]:
             raise UserError(
-                f"the checkpoint {saved[-1]} is damaged ({error}); remove that folder to go on from the one before"
-            ) from error
+                f"{saved[-1]} was made by another configuration: it has no {', '.join(missing)}. Set name=NAME to "
+                "begin a new run"
+            )
         for name, part in self.stateful.items():
-            part.load_state_dict(states[name])
-        return int(content["step"])
+            rows = getattr(type(part), "reads_rows", False)  # optimizers of torch cannot declare it
+            part.load_state_dict(reader.part(name, whole=not rows))
+        self.unreported = reader.content.get("unreported")
+        return step_of(saved[-1])
+
+    def _tidy(self) -> None:
+        """Remove what killed saves have left; set damaged checkpoints aside, from the newest on until one is whole."""
+        for path in self.dir.glob("step_*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        remove_strays(self.dir)
+        for folder in reversed(self._folders()):
+            if (wrong := damage(folder)) is None:
+                break
+            try:
+                aside = folder.rename(_unused(folder.with_suffix(".damaged")))
+            except OSError as error:
+                raise UserError(f"{folder} is damaged ({wrong}) and cannot be renamed ({one_line(error)})") from error
+            self.remarks.append(f"the checkpoint {folder.name} is damaged ({wrong}); it is kept as {aside}")
+        self.held = self._best_on_disk()
+        self._remove_old()
+
+    def _refuse_to_begin_anew(self) -> None:
+        if aside := sorted(self.dir.glob("step_*.damaged*")):
+            raise UserError(
+                f"{'; '.join(self.remarks) or f'{aside[-1]} is damaged'}, and no whole checkpoint is left. Nothing was "
+                f"removed: put a whole one into {self.dir}, or set name=NAME to begin a new run"
+            )
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind its name where that is taken."""
+    number = 1
+    unused = path
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.name}-{number}")
+    return unused
 
 
 class ModuleState:

@@ -26,6 +26,7 @@ from nai_xl.model.text import TextEncoding, encode_texts
 from nai_xl.model.vae import encode_pixels
 
 PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
+READ_FIRST = 2048  # entries of a rank that are read whole at the start; of more, damage is found when they are used
 VERSION = 3  # raise it whenever this code makes other latents or text conditions from the same input
 T = TypeVar("T")
 
@@ -91,9 +92,14 @@ class Encoder:
 
         Arms that begin together lack the same: those that waited find it made.
         """
-        missing = [row for row in self._share(rows) if key(row) not in self.cache]
+        mine = self._share(rows)
+        missing = [row for row in mine if not self._there(key(row), read=len(mine) <= READ_FIRST)]
         with self.cache.alone(f"encoding-{self.rank}-of-{self.world}") if missing else nullcontext():
             yield [row for row in missing if key(row) not in self.cache]
+
+    def _there(self, key: str, *, read: bool) -> bool:
+        """Whether the cache has an entry that is whole; only with `read` are its tensors looked at too."""
+        return self.cache.get(key) is not None if read else key in self.cache
 
     def _share(self, rows: list[T]) -> list[T]:
         """This rank's rows, chosen by their place and not by what is missing: other ranks are writing meanwhile."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import traceback
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
-from nai_xl.interfaces import Checkpointer, Evaluator, Tracker
+from nai_xl.errors import UserError, with_kind
+from nai_xl.interfaces import Checkpointer, Direction, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
+from nai_xl.record.progress import ProgressRecord
 
 
 class NoHook:
@@ -25,52 +30,130 @@ class NoHook:
 
 @dataclass
 class Save(NoHook):
-    """A checkpoint every `every` steps, at the end, and where the loop is asked to stop."""
+    """A checkpoint every `every` steps, at the end, and where the loop is asked to stop.
+
+    It comes before evaluation and report, and holds what is still to be reported: a run that is continued there begins
+    with them. Raises UserError at the step after a save that has failed.
+    """
 
     checkpoints: Checkpointer
     every: int
     saved: int  # the step whose state is on disk: that which the loop begins with
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
+        self.checkpoints.check()
         if step % self.every == 0 or last:
-            self.end(step)
+            self.save(step, values)
+
+    def save(self, step: int, values: Mapping[str, float]) -> None:
+        if self.saved != step:
+            self.checkpoints.save(step, values)
+            self.saved = step
 
     def end(self, step: int) -> None:
-        if self.saved != step:
-            self.checkpoints.save(step)
-            self.saved = step
+        self.save(step, {})
+        self.checkpoints.finish()
+
+
+def due(evaluators: Mapping[str, Evaluator], step: int, *, last: bool) -> dict[str, Evaluator]:
+    """Those whose turn it is after `step`."""
+    return {name: one for name, one in evaluators.items() if last or step % one.every == 0}
 
 
 @dataclass
 class Evaluate(NoHook):
-    """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled."""
+    """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled.
 
-    evaluators: Sequence[Evaluator]
+    evaluators: by their names in the config.
+    """
+
+    evaluators: Mapping[str, Evaluator]
     studio: Any
     strategy: Strategy
     around: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
-        due = [evaluator for evaluator in self.evaluators if last or step % evaluator.every == 0]
-        if due and self.strategy.evaluates:
+        now = due(self.evaluators, step, last=last)
+        if now and self.strategy.evaluates:
             with self.around():
-                for evaluator in due:
-                    values |= evaluator.run(step, self.studio)
-        if due:
+                for name, evaluator in now.items():
+                    with _Told(name, step):
+                        values |= evaluator.run(step, self.studio)
+        if now:
             self.strategy.wait()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Around an evaluator, which may be anybody's: whatever it raises becomes a UserError that says how to go on."""
+
+    name: str
+    step: int
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            where = traceback.extract_tb(trace)[-1]
+            raise UserError(
+                f"evals.{self.name} failed at step {self.step}: {with_kind(error)} ({where.filename}:{where.lineno}). "
+                "The weights are not concerned: mend it and run the same command again, which goes on from the last "
+                f"checkpoint, or leave it out with '~evals.{self.name}'"
+            ) from error
+
+
+@dataclass
+class KeepBest(NoHook):
+    """Keeps the checkpoint at which `metric` was best, and makes one where there is none of that step.
+
+    owner: the evaluator that measures it; None for what the training itself measures.
+    """
+
+    save: Save
+    metric: str
+    direction: Direction
+    owner: str | None
+    evaluators: Mapping[str, Evaluator]
+    strategy: Strategy
+    best: float | None
+
+    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
+        measured = self.owner in due(self.evaluators, step, last=last) if self.owner else bool(values)
+        if not measured:
+            return
+        if self.strategy.first and self.metric not in values:
+            known = ", ".join(sorted(values)) or "nothing"
+            raise UserError(f"checkpoint.best={self.metric} was not measured at step {step}. Set one of: {known}")
+        value = values.get(self.metric, math.nan)
+        if self.strategy.any(self._better(value)):  # where one rank evaluates, only that one knows
+            self.save.save(step, values)
+            self.save.checkpoints.keep_best(step, value)
+            self.best = value
+
+    def _better(self, value: float) -> bool:
+        if self.best is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return value < self.best if self.direction == "lower" else value > self.best
 
 
 @dataclass
 class Report(NoHook):
-    """What there is to tell goes to the tracker, to arm.json and on the screen."""
+    """What there is to tell goes to the tracker, to arm.json and on the screen.
+
+    once: what the first report tells besides.
+    """
 
     tracker: Tracker
     note: ArmRecord
     screen: Screen
     images_per_step: int
+    once: Mapping[str, float]
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         if values:
+            values |= self.once
+            self.once = {}
             self.tracker.log(step, values)
             self.note.reached(step, self.images_per_step)
             self.screen.report(step, values)
@@ -78,6 +161,21 @@ class Report(NoHook):
     def end(self, step: int) -> None:
         self.note.reached(step, self.images_per_step)
         self.screen.end()
+
+
+@dataclass
+class MarkReported(NoHook):
+    """Notes that a step with a checkpoint has been evaluated and reported. The last hook."""
+
+    progress: ProgressRecord
+    save: Save
+
+    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
+        if self.save.saved == step:
+            self.end(step)
+
+    def end(self, step: int) -> None:
+        self.progress.reported(step)
 
 
 class CountsSteps(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Protocol
@@ -113,10 +113,23 @@ class Training:
     hooks: Sequence[Hook] = ()
 
 
-def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: Stop) -> int:
-    """Train from optimizer step `start` to `steps`, or until asked to stop; the step reached."""
+def train(
+    run: RunSettings,
+    parts: Training,
+    *,
+    start: int,
+    steps: int,
+    stop: Stop,
+    unreported: Mapping[str, float] | None = None,
+) -> int:
+    """Train from optimizer step `start` to `steps`, or until asked to stop; the step reached.
+
+    unreported: what step `start` has still to report, where it was saved and not evaluated and reported; else None.
+    """
     step, state, strategy = start, parts.state, parts.state.strategy
     state.module.train()
+    if unreported is not None:
+        _beside(parts, step, dict(unreported), last=step == steps)
     while step < steps and not stop.requested(strategy, due=step % run.log_every == 0):
         rate = state.lr.set(step)
         for micro in range(run.grad_accum):
@@ -135,9 +148,13 @@ def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: St
         if step % run.log_every == 0 or step == steps:
             # a run that is continued later reports the whole interval, as if it had not paused here
             values |= state.meter.read(lr=rate, clear=step % run.log_every == 0)
-        with state.meter.paused():
-            for hook in parts.hooks:
-                hook(step, values, last=step == steps)
+        _beside(parts, step, values, last=step == steps)
     for hook in parts.hooks:
         hook.end(step)
     return step
+
+
+def _beside(parts: Training, step: int, values: dict[str, float], *, last: bool) -> None:
+    with parts.state.meter.paused():
+        for hook in parts.hooks:
+            hook(step, values, last=last)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nai_xl.files import sync, writing
 from nai_xl.record.run_dir import RunDirectory
 
 ERROR_LENGTH = 5000  # characters kept of an error's message
@@ -36,8 +37,21 @@ class Journal:
                     file.write(b"\n")
 
     def append(self, **row: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a row, and return when it is on the disk. Raises UserError where it cannot be; no part of it stays."""
+        line = (json.dumps(row) + "\n").encode()
+        with writing(self.path):
+            new = not self.path.exists()
+            with self.path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
+            if new:
+                sync(self.path.parent)
 
     def after(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every whole row that begins at byte `offset` or later, with the byte where it ends. All rows where the file

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from nai_xl.errors import UserError
+from nai_xl.files import remove_strays, sync
 from nai_xl.record.json_file import read_json, write_json
 
 
@@ -33,6 +34,7 @@ class RunDirectory:
     arm.json                     what became of the run (record.arm)
     metrics.jsonl, outbox.jsonl  what the run reported (record.journal, record.metrics)
     items/                       what evaluations measured on single items (record.items)
+    progress.json                how far the run has been reported and delivered (record.progress)
     run.json, latents.json       the data that the run began with, and the statistics of their latents
     skipped.csv                  images that could not be used
     log.txt                      the output of an arm that a sweep has trained
@@ -64,6 +66,10 @@ class RunDirectory:
     @property
     def items(self) -> Path:
         return self.path / "items"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
 
     @property
     def data(self) -> Path:
@@ -105,7 +111,9 @@ class RunDirectory:
     def create(self) -> None:
         """Raises UserError when the directory cannot be written."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(parents=True, exist_ok=True)
+                sync(self.path.parent)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink(missing_ok=True)  # several processes may probe at once
@@ -113,6 +121,11 @@ class RunDirectory:
             raise UserError(
                 f"output_dir={self.path.parent} cannot be written ({error.strerror}); set output_dir=DIR"
             ) from error
+
+    def tidy(self) -> None:
+        """Remove files that a killed process has left half written. The caller holds the run's lock."""
+        for folder in (self.path, *(path for path in self.path.glob("*/") if path != self.pipeline)):
+            remove_strays(folder)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from nai_xl.errors import with_kind
+from nai_xl.files import write_atomically, writing
 from nai_xl.record.config import write_params
 from nai_xl.record.journal import metrics_of, note_end, now, outbox_of
 from nai_xl.record.metrics import last_step
@@ -89,8 +90,8 @@ class JsonlTracker(NoTracker):
 
     def figure(self, name: str, step: int, image: Image.Image) -> None:
         path = self.run_dir / name / f"step_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        with writing(path):
+            write_atomically(path, lambda aside: image.save(aside, format="PNG"))
         if (name, step) not in self.figures:
             self.figures.add((name, step))
             self.outbox.append(time=now(), kind="figure", name=name, step=step, file=f"{name}/{path.name}")

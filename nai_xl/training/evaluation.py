@@ -75,9 +75,11 @@ def _looked_at(spec: Spec, home: RunDirectory, aside: Path) -> tuple[int, dict[s
     kept = state.stateful()
     checkpoints.bind(unet=kept["unet"], ema=kept["ema"], **spec.task.stateful())
     step = checkpoints.load_latest()
+    if checkpoints.remarks:
+        raise UserError(f"{'; '.join(checkpoints.remarks)}. Train the run to its end again: its own command goes on")
     studio = replace(spec.task.studio(data, state, NoTracker(), home), run_dir=aside)
     values: dict[str, float] = {}
-    with uncompiled(spec.memory), keyed("evals"):
+    with checkpoints, uncompiled(spec.memory), keyed("evals"):
         for evaluator in spec.evals:
             values |= evaluator.run(step, studio)
     return step, values

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from nai_xl import config
 from nai_xl.adapter.trainable import Trainable
 from nai_xl.config.spec import Spec
@@ -18,17 +20,19 @@ from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import Pace
 from nai_xl.engine.console import Screen
-from nai_xl.engine.hooks import Evaluate, Profile, Report, Save
-from nai_xl.engine.loop import Stop, Training, train
+from nai_xl.engine.hooks import Evaluate, KeepBest, MarkReported, Profile, Report, Save
+from nai_xl.engine.loop import Hook, Stop, Training, train
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
 from nai_xl.errors import UserError
+from nai_xl.files import writing
 from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compile import uncompiled
 from nai_xl.profiler.advice import Setup
 from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.config import write_config
+from nai_xl.record.progress import ProgressRecord
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
@@ -49,8 +53,10 @@ class Session:
     strategy: Strategy
     note: ArmRecord
     screen: Screen = field(init=False)
+    progress: ProgressRecord = field(init=False)
 
     def __post_init__(self) -> None:
+        self.progress = ProgressRecord(self.home, writes=self.strategy.first)
         self.screen = Screen(silent=not self.strategy.first)
 
     def run(self, index: Index) -> None:
@@ -58,17 +64,18 @@ class Session:
         spec, strategy, home = self.spec, self.strategy, self.home
         steps = spec.run.steps(len(index.items), strategy.world)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
-        if checkpoints.latest_step() >= steps and home.pipeline.is_dir():
+        if checkpoints.latest_step() >= steps and self.progress.has_delivered(steps):
             self._say_finished(checkpoints.latest_step(), steps)
             return
         if strategy.first:
             self.note.begin()
+            home.tidy()
             write_config(home.path, spec.cfg)
         network = spec.task.load(spec.model)
         data = spec.task.prepare(index, spec.cache, strategy, home)
         if strategy.first:
             data.write(home)
-        with self._reporting(index) as (tracker, stop):
+        with checkpoints, self._reporting(index) as (tracker, stop):
             trainable = spec.adapter(network)
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
@@ -80,9 +87,11 @@ class Session:
                 raise Stopped
             weights = state.delivered()
             if strategy.first:
-                spec.task.deliver(data, weights, home.pipeline)
+                with writing(home.pipeline, (OSError, SafetensorError)):
+                    spec.task.deliver(data, weights, home.pipeline)
                 for grid in home.newest_samples():
                     tracker.artifact(grid)
+                self.progress.delivered(steps)
             strategy.wait()
         self._say_where(tracker.where())
 
@@ -100,7 +109,11 @@ class Session:
         run, world = self.spec.run, self.strategy.world
         pace = Pace(run.images_per_step(world), run.chunk_size(world))
         checkpoints.bind(pace=pace, **self.spec.task.stateful(), **state.stateful())
-        return checkpoints.load_latest()
+        start = checkpoints.load_latest()
+        self.screen.say(*checkpoints.remarks)
+        if start == 0 or self.progress.read() is None:
+            self.progress.begin(start if checkpoints.unreported is None else 0)
+        return start
 
     def _loop(
         self,
@@ -116,33 +129,45 @@ class Session:
         """The step reached. looks: where evaluators write."""
         spec, strategy = self.spec, self.strategy
         read = data.batches(spec.run, strategy, start=start)
-        self._precompile(data, state, tracker, start)
+        compiled = self._precompile(data, state)
         profiler = self._profiler(tracker, steps - start)
         self.screen.begin(start, steps)
         studio = spec.task.studio(data, state, tracker, looks)
-        hooks = [
+        save = Save(checkpoints, spec.run.checkpoint_every, saved=start)
+        hooks: list[Hook] = [
             Profile(profiler),
-            Save(checkpoints, spec.run.checkpoint_every, saved=start),
-            Evaluate(spec.evals, studio, strategy, partial(uncompiled, spec.memory)),
-            Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world)),
+            save,
+            Evaluate(spec.evaluators, studio, strategy, partial(uncompiled, spec.memory)),
+            *self._keeping_best(save),
+            Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world), compiled),
+            MarkReported(self.progress, save),
         ]
+        unreported = None if self.progress.has_reported(start) else checkpoints.unreported
         batches = profiler.watch(on_device(read, strategy.device))
         with profiler:
-            reached = train(
-                spec.run, Training(state, spec.task.loss, batches, hooks), start=start, steps=steps, stop=stop
-            )
+            parts = Training(state, spec.task.loss, batches, hooks)
+            reached = train(spec.run, parts, start=start, steps=steps, stop=stop, unreported=unreported)
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
         return reached
 
-    def _precompile(self, data: TrainingData, state: State, tracker: Tracker, start: int) -> None:
-        """Let actions that compile do so before the clock starts."""
-        if self.spec.compiles:
-            shapes = list(data.one_of_each_shape(self.spec.run.batch_size))
-            first = next(iter(state.trainable.parameters.values()))
-            seconds = precompile(self.spec.task.loss, state.module, first, self.strategy, shapes)
-            self.screen.say(f"compiled for {len(shapes)} bucket shapes in {seconds:.0f} s")
-            tracker.log(start + 1, {"perf/compile_seconds": seconds})  # trackers know no step 0
+    def _keeping_best(self, save: Save) -> list[Hook]:
+        """The hook of checkpoint.best, if that is set."""
+        if self.spec.best is None:
+            return []
+        metric, direction, owner = self.spec.best
+        found = save.checkpoints.best_value()
+        return [KeepBest(save, metric, direction, owner, self.spec.evaluators, self.strategy, found)]
+
+    def _precompile(self, data: TrainingData, state: State) -> dict[str, float]:
+        """Let actions that compile do so before the clock starts. What there is to report of it."""
+        if not self.spec.compiles:
+            return {}
+        shapes = list(data.one_of_each_shape(self.spec.run.batch_size))
+        first = next(iter(state.trainable.parameters.values()))
+        seconds = precompile(self.spec.task.loss, state.module, first, self.strategy, shapes)
+        self.screen.say(f"compiled for {len(shapes)} bucket shapes in {seconds:.0f} s")
+        return {"perf/compile_seconds": seconds}
 
     def _profiler(self, tracker: Tracker, steps: int) -> Profiler | NoProfiler:
         cfg, run = self.spec.cfg, self.spec.run
@@ -214,7 +239,7 @@ class Session:
         self._say_where(())
 
     def _say_where(self, lines: Sequence[str]) -> None:
-        newest = sorted(self.home.checkpoints.glob("step_*"))[-1:]
+        newest = sorted(path for path in self.home.checkpoints.glob("step_*") if not path.suffix)[-1:]
         self.screen.say(
             *(f"samples      {grid}" for grid in self.home.newest_samples()),
             *(f"checkpoint   {path}" for path in newest),

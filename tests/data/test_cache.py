@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nai_xl.data import cache as module
@@ -64,6 +65,34 @@ def test_garbage_counts_as_missing(tmp_path: Path) -> None:
     assert cache.get(KEY) is None
 
 
+@pytest.mark.parametrize("damage", ["bit", "zeros", "name"])
+def test_an_entry_with_other_bytes_is_found_when_it_is_read_and_gone_for_the_next_lookup(
+    tmp_path: Path, damage: str
+) -> None:
+    cache = DiskCache(tmp_path)
+    cache.put(KEY, tensors())
+    path = entry(cache)
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[-3] ^= 4
+    elif damage == "zeros":
+        content[-50:] = bytes(50)
+    else:
+        content = content.replace(b'"half"', b'"halt"')
+    path.write_bytes(content)
+    assert KEY in cache  # which looks at the length alone
+    assert cache.get(KEY) is None
+    assert KEY not in DiskCache(tmp_path)
+
+
+def test_entries_without_a_checksum_stay_valid(tmp_path: Path) -> None:
+    cache, written = DiskCache(tmp_path), {"latents": torch.randn(4, 3, 2)}
+    cache.put(KEY, written)
+    save_file(written, entry(cache))
+    found = cache.get(KEY)
+    assert KEY in cache and found is not None and torch.equal(found["latents"], written["latents"])
+
+
 def test_what_lookup_calls_whole_can_be_read_so_that_encoding_again_mends_every_damage(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path)
     cache.put(KEY, tensors())
@@ -89,11 +118,11 @@ def test_failing_write_leaves_no_file_and_keeps_the_old_entry(tmp_path: Path, mo
     cache, before = DiskCache(tmp_path), tensors()
     cache.put(KEY, before)
 
-    def full(_: object, path: Path) -> None:
+    def full(path: Path, _: object) -> None:
         path.write_bytes(b"half an ent")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "write_checked", full)
     other = content_key("latent", 2)
     for key in (KEY, other):
         with pytest.raises(UserError, match=r"cache\.dir=.*No space left"):

@@ -1,6 +1,7 @@
 """Our reader of safetensors files against the library's own."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nai_xl.data.tensor_file import DTYPES, is_whole, read_tensors
+from nai_xl.data import tensor_file
+from nai_xl.data.tensor_file import DTYPES, is_whole, measured, read_tensors, write_checked, write_tensors
 
 reads_files = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -61,6 +63,46 @@ def test_every_dtype_and_shape_is_read_like_the_library_reads_it(
     assert found is not None and is_whole(str(path))
     read = {name: bits(tensor) for name, tensor in found.items()}
     assert read == told_apart(path) == {name: bits(tensor) for name, tensor in written.items()}
+
+
+@reads_files
+@given(described=TENSORS)
+def test_what_is_written_here_is_read_like_by_the_library_with_or_without_a_checksum(
+    tmp_path: Path, described: dict[str, tuple[torch.dtype, list[int]]]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    written = {n: random_bytes(dtype, shape, i) for i, (n, (dtype, shape)) in enumerate(described.items())}
+    size, crc = write_tensors(path, written)
+    expected = {name: bits(tensor) for name, tensor in written.items()}
+    assert (size, crc) == (path.stat().st_size, zlib.crc32(path.read_bytes())) == measured(path)
+    assert told_apart(path) == expected
+    write_checked(path, written)
+    found = read_tensors(str(path))
+    assert found is not None and is_whole(str(path))
+    assert {name: bits(tensor) for name, tensor in found.items()} == told_apart(path) == expected
+
+
+def test_no_bit_of_a_file_with_a_checksum_can_change_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_checked(path, {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int16)})
+    whole = path.read_bytes()
+    expected = told_apart(path)
+    for place in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        found = read_tensors(str(path))
+        assert found is None or {name: bits(tensor) for name, tensor in found.items()} == expected
+
+
+def test_headers_of_one_shape_are_parsed_once_although_their_checksums_differ(tmp_path: Path) -> None:
+    tensor_file._layout.cache_clear()
+    for number in range(5):
+        path = tmp_path / f"{number}.safetensors"
+        write_checked(path, {"a": torch.full((2, 3), float(number))})
+        found = read_tensors(str(path))
+        assert found is not None and found["a"][0, 0] == number
+    assert tensor_file._layout.cache_info().misses == 1
 
 
 def test_tensors_may_be_written_to_and_leave_the_file_as_it_is(tmp_path: Path) -> None:

@@ -42,6 +42,24 @@ def test_runs_that_begin_together_encode_each_image_and_caption_once(
     assert set(keys[0].values()) <= set(put)
 
 
+def test_entries_with_wrong_bytes_are_made_anew_and_counted(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    components, bucketing = (config.build(config.compose([])[group]) for group in ("model", "bucketing"))
+    index = config.build(config.compose(["data=folder", f"data.dir={images}"]).data).scan()
+    encoder = Encoder(components, DiskCache(tmp_path), "fp32", torch.device("cpu"))
+    refs = encoder.latent_refs(index, bucketing)
+    encoder.encode_images(index, refs)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    before = [path.read_bytes() for path in files]
+    for path, content in zip(files[:2], before, strict=False):
+        path.write_bytes(content[:-8] + bytes(8))
+    assert "damaged" not in capsys.readouterr().err
+    encoder.encode_images(index, refs)
+    assert "2 damaged entries made anew" in capsys.readouterr().err
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_what_else_there_is_to_encode_does_not_show_in_a_single_bit(images: Path, tmp_path: Path) -> None:
     cfg = config.compose([])
     components, bucketing, text = (config.build(cfg[group]) for group in ("model", "bucketing", "text"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nai_xl.engine.hooks import Evaluate
+from nai_xl.errors import UserError
 
 
 class Faulty:
@@ -18,7 +19,10 @@ class Faulty:
         raise ValueError("not enough values to unpack")
 
 
-def test_an_evaluators_bug_keeps_its_traceback() -> None:
-    evaluate = Evaluate([Faulty()], None, SimpleNamespace(evaluates=True), nullcontext)
-    with pytest.raises(ValueError, match=r"^not enough values to unpack$"):
+def test_an_evaluators_bug_is_told_by_the_key_of_the_evaluator_with_its_place_and_cause() -> None:
+    evaluate = Evaluate({"mine": Faulty()}, None, SimpleNamespace(evaluates=True), nullcontext)
+    line = Faulty.run.__code__.co_firstlineno + 1
+    words = rf"^evals\.mine failed at step 1: ValueError: not enough values to unpack \(.*test_hooks\.py:{line}\)"
+    with pytest.raises(UserError, match=words) as raised:
         evaluate(1, {}, last=False)
+    assert isinstance(raised.value.__cause__, ValueError) and "'~evals.mine'" in str(raised.value)

@@ -87,7 +87,7 @@ def test_no_step_waits_for_the_device(
             return loop.train(run, parts, **kwargs)
 
     monkeypatch.setattr(Meter, "read", apart(read))
-    monkeypatch.setattr(Save, "end", apart(Save.end))
+    monkeypatch.setattr(Save, "save", apart(Save.save))
     monkeypatch.setattr(TableSchedule, "for_canvas", apart(TableSchedule.for_canvas))
     monkeypatch.setattr(Objective, "expected_weight", apart(Objective.expected_weight))
     monkeypatch.setattr(Evaluate, "__call__", apart(Evaluate.__call__))

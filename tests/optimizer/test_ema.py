@@ -149,6 +149,7 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     saved = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     saved.bind(ema=ema)
     saved.save(3)
+    saved.finish()
     other = StandardEma(named(model(seed=1)), decay=0.9)
     fresh = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     fresh.bind(ema=other)

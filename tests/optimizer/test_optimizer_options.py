@@ -88,6 +88,7 @@ def test_the_step_after_resuming_is_the_uninterrupted_one(option: str, dtype: to
     saved = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())
     saved.bind(model=ModuleState(whole), optimizer=optimizer)
     saved.save(3)
+    saved.finish()
     resumed = Small(dtype, seed=1)
     fresh = built(option, resumed.groups())
     loaded = LocalCheckpoints(tmp_path, keep=1, strategy=Alone())

@@ -211,6 +211,7 @@ def test_optimizers_in_backward_resume_exactly(tmp_path: Any) -> None:
     model, update, checkpoints = begin()
     go_on(model, update, range(3))
     checkpoints.save(3)
+    checkpoints.finish()
     go_on(model, update, range(3, 6))
     resumed, its_update, its_checkpoints = begin()
     assert its_checkpoints.load_latest() == 3
