@@ -6,15 +6,19 @@ decides who acts. Files and words are the first rank's: what a collective brings
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from nai_xl.distributed import activity
+from nai_xl.distributed.agreement import Agreement
 
 T = TypeVar("T")
 
@@ -70,6 +74,10 @@ class Strategy(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank; on all of them."""
+        ...
+
+    def ask(self, flag: bool) -> Callable[[], bool]:
+        """`any`, begun now and answered by the function returned. It never waits for the device."""
         ...
 
     def wait(self) -> None:
@@ -132,13 +140,23 @@ class DataParallel:
         return gathered
 
     def gather_objects(self, rows: list[T]) -> list[T]:
-        return list(gather_object(rows))
+        with activity.waiting():
+            return list(gather_object(rows))
 
     def any(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+        with activity.waiting():
+            return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+
+    @cached_property
+    def _agreement(self) -> Agreement:
+        return Agreement()
+
+    def ask(self, flag: bool) -> Callable[[], bool]:
+        return self._agreement.ask(flag) if self.world > 1 else lambda: flag
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        with activity.waiting():
+            self.accelerator.wait_for_everyone()
 
     def kept(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
         return parameters if self.first else {}

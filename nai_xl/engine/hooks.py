@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
+from nai_xl.errors import Stopped
 from nai_xl.interfaces import Checkpointer, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
 
@@ -37,13 +39,17 @@ class Save(NoHook):
 
     def end(self, step: int) -> None:
         if self.saved != step:
+            activity.doing(f"saving step {step}")
             self.checkpoints.save(step)
             self.saved = step
 
 
 @dataclass
 class Evaluate(NoHook):
-    """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled."""
+    """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled.
+
+    Raises Stopped on every rank when `around` has raised it on one: the values of the step are not complete.
+    """
 
     evaluators: Sequence[Evaluator]
     studio: Any
@@ -52,12 +58,19 @@ class Evaluate(NoHook):
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         due = [evaluator for evaluator in self.evaluators if last or step % evaluator.every == 0]
-        if due and self.strategy.evaluates:
-            with self.around():
-                for evaluator in due:
-                    values |= evaluator.run(step, self.studio)
+        stopped = False
         if due:
-            self.strategy.wait()
+            activity.doing(f"evaluating at step {step}", lockstep=not self.strategy.whole)
+        if due and self.strategy.evaluates:
+            try:
+                with self.around():
+                    for evaluator in due:
+                        activity.beat(f"evaluating at step {step}: {type(evaluator).__name__}")
+                        values |= evaluator.run(step, self.studio)
+            except Stopped:
+                stopped = True
+        if due and self.strategy.any(stopped):  # ranks that do not evaluate wait here
+            raise Stopped(together=True)
 
 
 @dataclass

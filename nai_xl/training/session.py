@@ -12,15 +12,17 @@ from nai_xl import config
 from nai_xl.adapter.trainable import Trainable
 from nai_xl.config.spec import Spec
 from nai_xl.data.index import Index
+from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import Pace
 from nai_xl.engine.console import Screen
 from nai_xl.engine.hooks import Evaluate, Profile, Report, Save
-from nai_xl.engine.loop import Stop, Training, train
+from nai_xl.engine.loop import Training, train
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
-from nai_xl.errors import UserError
+from nai_xl.engine.stop import Stop
+from nai_xl.errors import Stopped, UserError
 from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compile import uncompiled
 from nai_xl.profiler.advice import Setup
@@ -33,19 +35,17 @@ from nai_xl.task.task import TrainingData
 from nai_xl.tracker.jsonl import NoTracker
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and has saved its state."""
-
-
 @dataclass
 class Session:
-    """This process's part in one run. choices: group -> option."""
+    """This process's part in one run. choices: group -> option. left_out: what to tell of the environment."""
 
     spec: Spec
     choices: Mapping[str, str]
     home: RunDirectory
     strategy: Strategy
     note: ArmRecord
+    stop: Stop
+    left_out: Sequence[str] = ()
     screen: Screen = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,18 +62,22 @@ class Session:
         if strategy.first:
             self.note.begin()
             write_config(home.path, spec.cfg)
+        activity.doing("reading the weights")
         network = spec.task.load(spec.model)
+        activity.doing("preparing the data")
         data = spec.task.prepare(index, spec.cache, strategy, home)
         if strategy.first:
             data.write(home)
-        with self._reporting(index) as (tracker, stop):
+        with self._reporting(index) as tracker:
+            activity.doing("building the training")
             trainable = spec.adapter(network)
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state)
             self._announce(data, tracker, start, steps)
-            if self._loop(data, state, tracker, checkpoints, stop, start, steps) < steps:
-                raise Stopped
+            if self._loop(data, state, tracker, checkpoints, start, steps) < steps:
+                raise Stopped(together=True)
+            activity.doing("writing the pipeline")
             weights = state.averages()
             if strategy.first:
                 spec.task.deliver(data, trainable.deliver(weights), home.pipeline)
@@ -104,7 +108,6 @@ class Session:
         state: State,
         tracker: Tracker,
         checkpoints: Checkpointer,
-        stop: Stop,
         start: int,
         steps: int,
     ) -> int:
@@ -118,17 +121,29 @@ class Session:
         hooks = [
             Profile(profiler),
             Save(checkpoints, spec.run.checkpoint_every, saved=start),
-            Evaluate(spec.evals, studio, strategy, partial(uncompiled, spec.memory)),
+            Evaluate(spec.evals, studio, strategy, partial(self._interruptible, state)),
             Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world)),
         ]
         batches = profiler.watch(on_device(read, strategy.device))
-        with profiler:
-            reached = train(
-                spec.run, Training(state, spec.task.loss, batches, hooks), start=start, steps=steps, stop=stop
+        parts = Training(state, spec.task.loss, batches, hooks)
+        try:
+            with profiler:
+                reached = train(spec.run, parts, start=start, steps=steps, stop=self.stop)
+        except Stopped:
+            reached = self.note.arm.steps
+            self.screen.say(
+                f"stopped while evaluating at step {reached} of {steps}; the same command goes on from there"
             )
+            raise
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
         return reached
+
+    @contextmanager
+    def _interruptible(self, state: State) -> Iterator[None]:
+        """Around evaluation: nothing is compiled, and a signal ends it before the next pass."""
+        with uncompiled(self.spec.memory), self.stop.between_passes(state.trainable.module, self.strategy):
+            yield
 
     def _precompile(self, data: TrainingData, state: State, tracker: Tracker, start: int) -> None:
         """Let actions that compile do so before the clock starts."""
@@ -158,19 +173,19 @@ class Session:
         return profiler
 
     @contextmanager
-    def _reporting(self, index: Index) -> Iterator[tuple[Any, Stop]]:
-        """What the first rank reports to, and the others do not; and whether a signal has asked for an end."""
+    def _reporting(self, index: Index) -> Iterator[Any]:
+        """What the first rank reports to, and the others do not."""
         spec, strategy = self.spec, self.strategy
         tracker = spec.tracker(run_dir=self.home.path) if strategy.first else NoTracker()
         try:
-            with tracker, Stop() as stop:
+            with tracker:
                 chosen = {**self.choices, **config.flat(spec.cfg), "data_fingerprint": index.fingerprint()}
                 tracker.params(chosen, {"seed": str(spec.run.seed), "git_commit": git_commit()})
                 tracker.artifact(self.home.config)
-                yield tracker, stop
-        except Stopped:
-            # torchrun ends all processes soon after the first; the tracker's is done now
-            strategy.wait()
+                yield tracker
+        except Stopped as stopped:
+            if stopped.together:  # torchrun ends all processes soon after the first; the tracker's is done now
+                strategy.wait()
             raise
 
     # --- words --------------------------------------------------------------------------------------------------------
@@ -187,8 +202,15 @@ class Session:
             "steps": f"{steps}" + (f", continuing after {start}" if start else ""),
             "results": str(self.home.path),
         }
+        if self.left_out:
+            rows["environment"] = "\n".join(self.left_out)
         self.screen.table("nai_xl", rows)
         self.screen.say(*task.remarks())
+        if world == 1 and self.spec.distributed.several:
+            option = self.choices.get("distributed", "ddp")
+            self.screen.say(
+                f"distributed={option} runs in this one process: start several with torchrun --nproc-per-node=N"
+            )
         if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
             tracker.figure("method", 0, figure)
 
