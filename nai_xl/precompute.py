@@ -17,10 +17,10 @@ def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
     """Fill the cache with everything this run would read."""
     quiet_libraries()
     spec = Spec.of(cfg)
-    with Stop():
+    with Stop() as stop:
         left_out = spec.left_out(choices)
         strategy = spec.start()
-        with heartbeat(spec, strategy, record=lambda error: None):
+        with heartbeat(spec, strategy, stop, record=lambda error: None):
             index = spec.scan()
             spec.task.load(spec.model)
             data = spec.task.prepare(index, spec.cache, strategy, RunDirectory(config.run_dir(cfg, choices)))

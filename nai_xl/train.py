@@ -36,7 +36,7 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
         decline_restart(note.stopped_at())
         left_out = spec.left_out(choices)
         strategy = spec.start()
-        with heartbeat(spec, strategy, note.end_now):
+        with heartbeat(spec, strategy, stop, note.end_now):
             session = Session(spec, choices, home, strategy, note, stop, left_out)
             index = spec.scan()  # what can be known without the weights has been refused by now
             with held(home) if strategy.first else nullcontext():

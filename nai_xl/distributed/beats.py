@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 
@@ -54,11 +54,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job must end. certain: by nothing but this; else the main thread may meet the same by itself."""
+    """Why the job must end. certain: by nothing but this; else the main thread may meet the same by itself.
+
+    frozen: processes of this machine that do not answer.
+    """
 
     message: str
     certain: bool = False
     stopped: bool = False
+    frozen: tuple[int, ...] = ()
 
 
 @dataclass
@@ -93,10 +97,10 @@ class Observer:
         if left := self.left(now):
             return left
         if now - self.read > self.timeout:
-            return self._overdue([0], "answered")
+            return self._silent([0])
         silent = [rank for rank, seen in self.seen.items() if self.read - seen.heard > self.timeout]
         if silent:
-            return self._overdue(silent, "answered")
+            return self._silent(silent)
         if all(self.read - seen.moved > self.timeout for seen in self.seen.values()):
             busy = [rank for rank, seen in self.seen.items() if not seen.beat.waiting] or list(self.seen)
             behind = min(self._place(rank) for rank in busy)
@@ -116,12 +120,16 @@ class Observer:
 
     def _died(self, seen: Seen, now: float) -> bool:
         """Whether a process of this machine has been missing for a second: after its last word it may end at once."""
-        here = self.seen[self.rank].beat
-        if seen.beat.end or (seen.beat.host, seen.beat.space) != (here.host, here.space) or running(seen.beat.pid):
+        if seen.beat.end or not self._near(seen.beat) or running(seen.beat.pid):
             seen.missing = None
         elif seen.missing is None:
             seen.missing = now
         return seen.missing is not None and now - seen.missing > 1
+
+    def _near(self, beat: Beat) -> bool:
+        """Whether a process of that id here is the rank."""
+        here = self.seen[self.rank].beat
+        return (beat.host, beat.space) == (here.host, here.space)
 
     def _place(self, rank: int) -> tuple[int, int]:
         """How far a rank is; equal on ranks that are equally far."""
@@ -130,6 +138,11 @@ class Observer:
     def _who(self, rank: int) -> str:
         beat = self.seen[rank].beat
         return f"rank {rank} ({beat.host}, pid {beat.pid})"
+
+    def _silent(self, ranks: list[int]) -> Verdict:
+        beats = [self.seen[rank].beat for rank in ranks]
+        frozen = tuple(beat.pid for beat in beats if self._near(beat))
+        return replace(self._overdue(ranks, "answered"), frozen=frozen)
 
     def _overdue(self, ranks: list[int], what: str) -> Verdict:
         minutes = f"{self.timeout / 60:g}"

@@ -168,15 +168,16 @@ class Heartbeat:
         self.exchange.publish(self.own)
 
     def _talk(self) -> None:
-        """Tell and read, until the last word. The first rank does not answer while it is frozen: then this thread stays
-        in a call, and `_watch` finds that nothing is read.
+        """Tell and read, until the last word.
+
+        Without the first rank there is nothing to read. While it is frozen, this thread stays in a call. `_watch` finds
+        out in both cases.
         """
-        while not self.closing.wait(self.interval):
-            self.ears.listen()
-            with suppress(DistError):  # the first rank has ended
+        with suppress(DistError):  # the first rank has ended
+            while not self.closing.wait(self.interval):
+                self.ears.listen()
                 self._publish()
                 self.observer.hear(self.exchange.read(), time.monotonic())
-        with suppress(DistError):
             self._publish()
 
     def _watch(self) -> None:
@@ -201,7 +202,7 @@ class Heartbeat:
         while not self.closing.wait(self.interval):
             if gone := self.launcher.gone():
                 with suppress(OSError):  # its output may have gone as well
-                    print(f"{gone}: finishing the step, saving, stopping", file=sys.stderr, flush=True)
+                    print(f"\n{gone}: finishing the step, saving, stopping", file=sys.stderr, flush=True)
                 _ask_to_stop()
                 return
 
@@ -214,7 +215,10 @@ class Heartbeat:
             self.record(message)
         if message:
             with suppress(OSError):
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                print(f"\nerror: {message}", file=sys.stderr, flush=True)  # a progress line may be open
+        for pid in verdict.frozen if verdict else ():  # it would obey no launcher's SIGTERM
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         os._exit(130 if verdict is None else STOPPED_STATUS if verdict.stopped else 1)
 
     # --- the end ------------------------------------------------------------------------------------------------------

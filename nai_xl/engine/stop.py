@@ -54,6 +54,14 @@ class Stop:
         finally:
             self.later = before
 
+    @contextmanager
+    def then_quiet(self) -> Iterator[None]:
+        """After the block signals are only noted, however it ends: what follows are last words."""
+        try:
+            yield
+        finally:
+            self.later = True
+
     def due(self, strategy: Strategy) -> bool:
         """Whether to end here. All ranks call it before each step, and all get the same answer.
 

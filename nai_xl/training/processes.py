@@ -12,16 +12,20 @@ from nai_xl.distributed import activity
 from nai_xl.distributed.heartbeat import TIMEOUT, Heartbeat
 from nai_xl.distributed.launch import SWEEP, stopped_before
 from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.stop import Stop
 from nai_xl.errors import Stopped
 from nai_xl.record.run_dir import RunDirectory
 
 PATIENCE = 300.0  # seconds in which an arm that a killed sweep has left behind can save its state
 
 
-def heartbeat(spec: Spec, strategy: Strategy, record: Callable[[str | None], None]) -> Heartbeat:
-    """Around all that a run does with `strategy`. record: see there."""
+@contextmanager
+def heartbeat(spec: Spec, strategy: Strategy, stop: Stop, record: Callable[[str | None], None]) -> Iterator[None]:
+    """Around all that a run does with `strategy`. record: see Heartbeat."""
     activity.doing("reading the index of the images")
-    return Heartbeat(strategy, spec.distributed.timeout if strategy.world > 1 else TIMEOUT, record)
+    minutes = spec.distributed.timeout if strategy.world > 1 else TIMEOUT
+    with Heartbeat(strategy, minutes, record), stop.then_quiet():
+        yield
 
 
 def decline_restart(stopped_at: float | None) -> None:

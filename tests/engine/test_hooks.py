@@ -19,6 +19,6 @@ class Faulty:
 
 
 def test_an_evaluators_bug_keeps_its_traceback() -> None:
-    evaluate = Evaluate([Faulty()], None, SimpleNamespace(evaluates=True), nullcontext)
+    evaluate = Evaluate([Faulty()], None, SimpleNamespace(evaluates=True, whole=True), nullcontext)
     with pytest.raises(ValueError, match=r"^not enough values to unpack$"):
         evaluate(1, {}, last=False)
