@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
-PREFIXES = ("ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+import torch
+
+PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 KEPT = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")  # change no result
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # preferred to torchrun's own numbers by accelerate
 OFF = ("", "0", "no", "none", "false", "auto", "n", "f", "off")
@@ -51,7 +53,11 @@ def _told(name: str, found: Found, asked: Callable[[str], Sequence[str]]) -> str
     if name in NOT_HERE:
         return f"{left_out}: there is no such engine here; see docs/distributed.md"
     if name in DEVICES:
-        return f"{left_out}; CUDA_VISIBLE_DEVICES says which GPUs are used, and '' is none"
+        return (
+            None
+            if not torch.cuda.is_available()
+            else f"{left_out}; CUDA_VISIBLE_DEVICES says which GPUs are used, and '' is none"
+        )
     if name not in OVERRIDES:
         return None
     key, option = OVERRIDES[name]

@@ -24,6 +24,9 @@ class NoHook:
     def end(self, step: int) -> None:
         pass
 
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        pass
+
 
 @dataclass
 class Save(NoHook):
@@ -42,6 +45,9 @@ class Save(NoHook):
             activity.doing(f"saving step {step}")
             self.checkpoints.save(step)
             self.saved = step
+
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        self.end(step)
 
 
 @dataclass
@@ -91,6 +97,9 @@ class Report(NoHook):
     def end(self, step: int) -> None:
         self.note.reached(step, self.images_per_step)
         self.screen.end()
+
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        self.end(step)
 
 
 class CountsSteps(Protocol):

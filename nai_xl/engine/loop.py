@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -76,6 +75,10 @@ class Hook(Protocol):
         """The loop ends after `step`, be it the last one or not."""
         ...
 
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        """Instead of `end`: a signal has stopped one of the hooks, and `step` has not been reported."""
+        ...
+
 
 @dataclass
 class Training:
@@ -115,20 +118,18 @@ def train(run: RunSettings, parts: Training, *, start: int, steps: int, stop: St
             if step % run.log_every == 0 or step == steps:
                 # a run that is continued later reports the whole interval, as if it had not paused here
                 values |= state.meter.read(lr=rate, clear=step % run.log_every == 0)
-            with state.meter.paused(), ended(parts.hooks, step):
-                for hook in parts.hooks:
-                    hook(step, values, last=step == steps)
+            with state.meter.paused():
+                _beside(parts.hooks, step, values, last=step == steps)
         for hook in parts.hooks:
             hook.end(step)
     return step
 
 
-@contextmanager
-def ended(hooks: Sequence[Hook], step: int) -> Iterator[None]:
-    """Where a hook is stopped, all of them end at `step`."""
+def _beside(hooks: Sequence[Hook], step: int, values: dict[str, float], *, last: bool) -> None:
     try:
-        yield
+        for hook in hooks:
+            hook(step, values, last=last)
     except Stopped:
         for hook in hooks:
-            hook.end(step)
+            hook.interrupted(step, values)
         raise
