@@ -44,7 +44,8 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nai_xl.data.cache import MemoryCache
-from nai_xl.engine.loop import Stop, train
+from nai_xl.engine.loop import train
+from nai_xl.engine.stop import Stop
 from nai_xl.interfaces import Bucket
 from nai_xl.model.sdxl_random import random_unet
 from nai_xl.model.tiny import tiny_sdxl

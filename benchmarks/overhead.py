@@ -34,7 +34,8 @@ from common import (
 )
 
 from nai_xl.engine.hooks import NoHook
-from nai_xl.engine.loop import RunSettings, Stop, train
+from nai_xl.engine.loop import RunSettings, train
+from nai_xl.engine.stop import Stop
 from nai_xl.interfaces import Batch
 from nai_xl.model.tiny import tiny_sdxl
 

@@ -41,7 +41,8 @@ from common import (
 
 from nai_xl.data.cache import MemoryCache
 from nai_xl.engine import gpus
-from nai_xl.engine.loop import Stop, train
+from nai_xl.engine.loop import train
+from nai_xl.engine.stop import Stop
 from nai_xl.model.flops import training_flops
 from nai_xl.model.sdxl_random import random_unet
 from nai_xl.model.tiny import tiny_sdxl

@@ -17,6 +17,20 @@ class UserError(Exception):
     """
 
 
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not finished, and the same command goes on
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the program in order: all that it had is saved. Entry points exit with STOPPED_STATUS.
+
+    together: all ranks raise it at the same place, and can still wait for each other.
+    """
+
+    def __init__(self, *, together: bool = False):
+        super().__init__()
+        self.together = together
+
+
 class ChoiceError(ValueError):
     """An object refuses one of the choices that it is built from.
 

@@ -7,18 +7,25 @@ from omegaconf import DictConfig
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.engine.console import Screen
+from nai_xl.engine.stop import Stop
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.record.run_dir import RunDirectory
+from nai_xl.training.processes import heartbeat
 
 
 def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
     """Fill the cache with everything this run would read."""
     quiet_libraries()
     spec = Spec.of(cfg)
-    strategy, index = spec.start(), spec.scan()
-    spec.task.load(spec.model)
-    data = spec.task.prepare(index, spec.cache, strategy, RunDirectory(config.run_dir(cfg, choices)))
+    with Stop() as stop:
+        left_out = spec.left_out(choices)
+        strategy = spec.start()
+        with heartbeat(spec, strategy, stop, record=lambda error: None):
+            index = spec.scan()
+            spec.task.load(spec.model)
+            data = spec.task.prepare(index, spec.cache, strategy, RunDirectory(config.run_dir(cfg, choices)))
     screen = Screen(silent=not strategy.first)
+    screen.say(*(f"environment: {line}" for line in left_out))
     screen.say(f"cached: {data.counted()}")
     for skip in data.index.skipped:
         screen.say(f"skipped: {skip.path}: {skip.reason}")

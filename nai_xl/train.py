@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
+from nai_xl.engine.stop import Stop
 from nai_xl.memory import process_wide
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.record.arm import ArmRecord
@@ -19,6 +20,7 @@ from nai_xl.record.metrics import objective
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.launch import Sweep
 from nai_xl.sweep.member import arm_of
+from nai_xl.training.processes import decline_restart, heartbeat, held
 from nai_xl.training.session import Session
 
 
@@ -29,12 +31,16 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
     """
     spec = Spec.of(cfg)
     home = RunDirectory(config.run_dir(cfg, choices))
-    with ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
+    with Stop() as stop, ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
         home.create()
-        session = Session(spec, choices, home, spec.start(), note)
-        index = spec.scan()  # what can be known without the weights has been refused by now
-        with home.locked() if session.strategy.first else nullcontext():
-            session.run(index)
+        decline_restart(note.stopped_at())
+        left_out = spec.left_out(choices)
+        strategy = spec.start()
+        with heartbeat(spec, strategy, stop, note.end_now):
+            session = Session(spec, choices, home, strategy, note, stop, left_out)
+            index = spec.scan()  # what can be known without the weights has been refused by now
+            with held(home) if strategy.first else nullcontext():
+                session.run(index)
     return home.path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from nai_xl.config.build import locate
 from nai_xl.config.grid import compose, further
 from nai_xl.config.groups import chosen, conf_dir, groups, options, settings
 from nai_xl.config.schema import check, did_you_mean
-from nai_xl.errors import UserError, one_line
+from nai_xl.distributed import launch
+from nai_xl.errors import STOPPED_STATUS, Stopped, UserError, one_line
 
 Job = Callable[[DictConfig, dict[str, str]], float | None]  # config, group -> choice; what a search minimises
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
@@ -53,7 +55,7 @@ def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None 
             check(cfg, choices=choices)
             return job(cfg, choices)
         except UserError as error:
-            several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            several = launch.several()
             if HydraConfig.get().mode == RunMode.MULTIRUN and not several:
                 raise  # Hydra's launcher goes on with the other arms, and raises it in the end
             failed.append(error)  # told here, and not by Hydra
@@ -69,20 +71,20 @@ def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None 
         failed.clear()
         decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(run)
         mistake: Exception | None = None
-        interrupted = False
+        status = 0
         try:
             sys.argv[1:] = legacy_commands.understood(sys.argv[1:])  # where Hydra reads it
             decorated()
         except MISTAKES as error:
             mistake = error
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stopped:
+            status = _status(stopped)
         if sweep:
             sweep.tell()
         if mistake:
             _tell(mistake)
-        if interrupted or mistake or failed:
-            sys.exit(130 if interrupted else 1)
+        if status or mistake or failed:
+            sys.exit(status or 1)
 
     return main
 
@@ -95,8 +97,17 @@ def mistakes_told() -> Iterator[None]:
     except MISTAKES as error:
         _tell(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        sys.exit(_status(stopped))
+
+
+def _status(stopped: KeyboardInterrupt) -> int:
+    """The exit status after a signal. Further ones that ask for the same do not end the last words."""
+    if not isinstance(stopped, Stopped):
+        return 130
+    for number in set(launch.SIGNALS) - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_IGN)
+    return STOPPED_STATUS
 
 
 def _tell(error: Exception) -> None:

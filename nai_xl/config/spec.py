@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nai_xl import config
@@ -18,6 +18,8 @@ from nai_xl.adapter.trainable import Adapter, Trainable
 from nai_xl.config.build import holds_target
 from nai_xl.config.groups import of_several, settings
 from nai_xl.data.index import Index
+from nai_xl.distributed.environment import leave_out
+from nai_xl.distributed.launch import refuse_half_a_launch
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
@@ -110,12 +112,24 @@ class Spec:
 
     def start(self) -> Strategy:
         """Join the other processes. Raises UserError for settings that do not go with so many of them."""
+        refuse_half_a_launch(several=config.declared(type(self.distributed), "several", False))
+        self.left_out({})  # where the caller has not done so, and said it
         precision = self.precision.autocast
         strategy: Strategy = self.distributed.start(autocast(self.memory, precision))
         self.run.chunk_size(strategy.world)
         for action in self.memory:
             action.refuse(grad_accum=self.run.grad_accum, precision=precision, world=strategy.world)
         return strategy
+
+    def left_out(self, choices: Mapping[str, str]) -> list[str]:
+        """Leave out what the environment says of how to train. What to tell of it; choices: group -> option."""
+
+        def asked(key: str) -> list[str]:
+            if key in choices:
+                return [part.strip() for part in choices[key].strip("[]").split(",")]
+            return [str(OmegaConf.select(self.cfg, key))]
+
+        return leave_out(asked)
 
     def scan(self) -> Index:
         """The images. Raises UserError for a model or images that cannot be trained on; no weight is read yet."""

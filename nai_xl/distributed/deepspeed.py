@@ -12,17 +12,16 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from nai_xl.distributed.alone import process_group
+from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.plain import become, structure_of
-from nai_xl.distributed.start import accelerator
+from nai_xl.distributed.start import joined
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
 from nai_xl.distributed.zero_state import Partitioned, ZeroOptimizer, ZeroWeights
 from nai_xl.errors import UserError
@@ -40,12 +39,15 @@ class DeepSpeed(Engine):
     autocast where precision says so, as with every engine, so that losses agree; DeepSpeed's own half precision is not
     used. Gradients are exchanged after every micro-batch, since no process keeps a whole gradient. At the start the
     whole model is on every device for a moment.
+
+    timeout: minutes that a process may be silent, or all of them without progress, until the run ends.
     """
 
     several: ClassVar[bool] = True
     shards: ClassVar[bool] = True
 
     stage: Literal[2, 3] = 2
+    timeout: Minutes = TIMEOUT
 
     def refuse_beside(
         self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: Precision
@@ -80,7 +82,7 @@ class DeepSpeed(Engine):
     def start(self, precision: Precision) -> Strategy:
         # accelerate keeps its first configuration for the life of the process and refuses another precision
         AcceleratorState._reset_state(reset_partial_state=True)
-        group = accelerator(precision, InitProcessGroupKwargs(timeout=timedelta(hours=6)))
+        group = joined(precision, self.timeout)
         process_group(group.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         return (Zero2 if self.stage == 2 else Zero3)(group)
@@ -198,6 +200,7 @@ class Zero3(Zero2):
     """Weights, moments and gradients shared out; a layer's weights are collected when it computes."""
 
     stage: ClassVar[int] = 3
+    lockstep: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

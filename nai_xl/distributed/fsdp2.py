@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Annotated, Any, ClassVar
 
 import torch
-from accelerate import InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from pydantic import Field
 from torch import Tensor, distributed, nn
@@ -21,9 +19,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from nai_xl.distributed.alone import process_group
+from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.plain import become, structure_of
 from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights
-from nai_xl.distributed.start import accelerator
+from nai_xl.distributed.start import joined
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
@@ -44,12 +43,15 @@ class Fsdp2(Engine):
     shard_size: processes that share one copy of the model, such as those of one machine; null: all. With fewer than all
     there are several copies, whose gradients are averaged (HSDP). run.grad_accum adds gradients up before they are
     exchanged, which keeps one whole gradient on every process.
+
+    timeout: minutes that a process may be silent, or all of them without progress, until the run ends.
     """
 
     several: ClassVar[bool] = True
     shards: ClassVar[bool] = True
 
     shard_size: Annotated[int, Field(ge=1)] | None = None
+    timeout: Minutes = TIMEOUT
 
     def refuse_beside(
         self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: Precision
@@ -76,7 +78,7 @@ class Fsdp2(Engine):
     def start(self, precision: Precision) -> Strategy:
         # accelerate keeps its first configuration for the life of the process and refuses another precision
         AcceleratorState._reset_state(reset_partial_state=True)
-        group = accelerator(precision, InitProcessGroupKwargs(timeout=timedelta(hours=6)))
+        group = joined(precision, self.timeout)
         kind, world = group.device.type, group.num_processes
         if world % (self.shard_size or world):
             raise UserError(
@@ -97,6 +99,8 @@ class FullySharded(Ranks):
     They share the storage of the DTensors that fully_shard makes of a network's parameters, and are given the DTensors'
     gradients after the last backward pass of a step.
     """
+
+    lockstep: ClassVar[bool] = True
 
     mesh: DeviceMesh
     evaluates: bool = True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
 from accelerate.state import AcceleratorState
 
+from nai_xl.distributed.launch import several
 from nai_xl.distributed.start import accelerator
 from nai_xl.distributed.strategy import DataParallel, Engine, Strategy
 from nai_xl.errors import UserError
@@ -22,7 +22,7 @@ class SingleProcess(Engine):
 
     def start(self, precision: Precision) -> Strategy:
         """Raises UserError inside a multi-process launch, where every process would train a model of its own."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if several():
             raise UserError("started on several processes with distributed=none; set distributed=ddp")
         # accelerate keeps its first configuration for the life of the process and refuses another precision
         AcceleratorState._reset_state(reset_partial_state=True)

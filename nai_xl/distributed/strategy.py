@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from nai_xl.distributed import activity
+from nai_xl.distributed.agreement import Agreement
 from nai_xl.distributed.weights import Weights
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory.action import MemoryAction
@@ -77,12 +80,14 @@ class Strategy(Protocol):
     """How one run spreads over `world` processes, of which this one is number `rank`.
 
     evaluates: this rank takes part in evaluation; where the model is whole on every rank, the first suffices.
+    lockstep: all ranks evaluate, and make the same passes.
     """
 
     rank: int
     world: int
     device: torch.device
     evaluates: bool
+    lockstep: bool
 
     @property
     def first(self) -> bool:
@@ -138,6 +143,10 @@ class Strategy(Protocol):
         """Whether the flag is set on some rank; on all of them."""
         ...
 
+    def ask(self, flag: bool) -> Callable[[], bool]:
+        """`any`, begun now and answered by the function returned. It never waits for the device."""
+        ...
+
     def wait(self) -> None:
         """Return when every rank has got here."""
         ...
@@ -170,6 +179,7 @@ class Ranks:
     """accelerate's process group, and what every engine does with it."""
 
     accelerator: Accelerator
+    lockstep: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -190,13 +200,23 @@ class Ranks:
         return gathered
 
     def gather_objects(self, rows: list[T]) -> list[T]:
-        return list(gather_object(rows))
+        with activity.waiting():
+            return list(gather_object(rows))
 
     def any(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+        with activity.waiting():
+            return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+
+    @cached_property
+    def _agreement(self) -> Agreement:
+        return Agreement()
+
+    def ask(self, flag: bool) -> Callable[[], bool]:
+        return self._agreement.ask(flag) if self.world > 1 else lambda: flag
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        with activity.waiting():
+            self.accelerator.wait_for_everyone()
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 
@@ -37,7 +38,7 @@ class Screen:
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # brackets are no markup
         self.console.print(table)
 
     def begin(self, start: int, steps: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
@@ -18,6 +18,7 @@ from nai_xl.data.cache import content_key
 from nai_xl.data.images import on_canvas, to_pixels
 from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
 from nai_xl.data.loader import LatentRef, read
+from nai_xl.distributed import activity
 from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, moments
@@ -60,6 +61,7 @@ class Encoder:
 
     def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]]) -> dict[Path, str]:
         """Encode, or draw, what the cache lacks. Returns the images that could not be decoded, with the reason."""
+        activity.doing("encoding the images")
         jobs = [(item, ref) for item, row in zip(index.items, refs, strict=True) for ref in row]
         bad: dict[Path, str] = {}
         vae = self.components.vae.to(self.device)
@@ -69,10 +71,12 @@ class Encoder:
             _bar("latents", len(mine), self.rank) as bar,
         ):
             for item, ref in mine:
+                activity.beat()
                 if item.drawn is not None:
                     self.cache.put(ref.key, {"latents": item.drawn.latents(ref.placement.bucket)})
                     bar.update()
             for group, size in _by_bucket([job for job in mine if job[0].drawn is None]):
+                activity.beat()
                 canvases = list(pool.map(_canvas, group))
                 whole = [(ref, c) for (_, ref), c in zip(group, canvases, strict=True) if isinstance(c, torch.Tensor)]
                 bad |= {item.path: c for (item, _), c in zip(group, canvases, strict=True) if isinstance(c, str)}
@@ -94,7 +98,10 @@ class Encoder:
         """
         mine = self._share(rows)
         missing = [row for row in mine if not self._there(key(row), read=len(mine) <= READ_FIRST)]
-        with self.cache.alone(f"encoding-{self.rank}-of-{self.world}") if missing else nullcontext():
+        with ExitStack() as stack:
+            if missing:
+                with activity.held_up():
+                    stack.enter_context(self.cache.alone(f"encoding-{self.rank}-of-{self.world}"))
             yield [row for row in missing if key(row) not in self.cache]
 
     def _there(self, key: str, *, read: bool) -> bool:
@@ -113,6 +120,7 @@ class Encoder:
 
     def encode_captions(self, wanted: Iterable[str], text: TextEncoding, *, batch: int = 8) -> dict[str, str]:
         """text -> cache key, for every wanted text and for the empty one."""
+        activity.doing("encoding the captions")
         models = [(fingerprint(e), e.config.hidden_act, e.config.eos_token_id) for e in self.components.text_encoders]
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
         texts = dict.fromkeys(["", *wanted])
@@ -120,6 +128,7 @@ class Encoder:
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
         with self._missing(list(texts), keys.__getitem__) as mine, _bar("captions", len(mine), self.rank) as bar:
             for group in _batches(mine, batch):
+                activity.beat()
                 together = filled(group, batch)
                 context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=text.chunks)
                 for t, row, vector in zip(group, context.cpu(), pooled.cpu(), strict=False):

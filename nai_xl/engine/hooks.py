@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
-from nai_xl.errors import UserError, with_kind
+from nai_xl.errors import Stopped, UserError, with_kind
 from nai_xl.interfaces import Checkpointer, Direction, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.progress import ProgressRecord
@@ -25,6 +26,9 @@ class NoHook:
         pass
 
     def end(self, step: int) -> None:
+        pass
+
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
         pass
 
 
@@ -47,11 +51,16 @@ class Save(NoHook):
 
     def save(self, step: int, values: Mapping[str, float]) -> None:
         if self.saved != step:
+            activity.doing(f"saving step {step}")
             self.checkpoints.save(step, values)
             self.saved = step
 
     def end(self, step: int) -> None:
         self.save(step, {})
+        self.checkpoints.finish()
+
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        self.save(step, values)
         self.checkpoints.finish()
 
 
@@ -64,7 +73,8 @@ def due(evaluators: Mapping[str, Evaluator], step: int, *, last: bool) -> dict[s
 class Evaluate(NoHook):
     """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled.
 
-    evaluators: by their names in the config.
+    evaluators: by their names in the config. Raises Stopped on every rank when `around` has raised it on one: the
+    values of the step are not complete.
     """
 
     evaluators: Mapping[str, Evaluator]
@@ -74,13 +84,24 @@ class Evaluate(NoHook):
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         now = due(self.evaluators, step, last=last)
-        if now and self.strategy.evaluates:
-            with self.around():
-                for name, evaluator in now.items():
-                    with _Told(name, step):
-                        values |= evaluator.run(step, self.studio)
-        if now:
-            self.strategy.wait()
+        if not now:
+            return
+        stopped = False
+        activity.doing(f"evaluating at step {step}", lockstep=self.strategy.lockstep)
+        if self.strategy.evaluates:
+            try:
+                with self.around():
+                    self._run(now, step, values)
+            except Stopped:
+                stopped = True
+        if self.strategy.any(stopped):  # ranks that do not evaluate wait here
+            raise Stopped(together=True)
+
+    def _run(self, now: Mapping[str, Evaluator], step: int, values: dict[str, float]) -> None:
+        for name, evaluator in now.items():
+            activity.beat(f"evaluating at step {step}: {name}")
+            with _Told(name, step):
+                values |= evaluator.run(step, self.studio)
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,9 @@ class Report(NoHook):
     def end(self, step: int) -> None:
         self.note.reached(step, self.images_per_step)
         self.screen.end()
+
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        self.end(step)
 
 
 @dataclass

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 from torch import nn
 
-from nai_xl.distributed.strategy import Strategy
+from nai_xl.distributed import activity
 from nai_xl.engine.assemble import State
-from nai_xl.errors import UserError
+from nai_xl.engine.stop import Stop
+from nai_xl.errors import Stopped, UserError
 from nai_xl.interfaces import Losses
 
 Count = Annotated[int, Field(ge=1)]
@@ -64,32 +63,6 @@ class RunSettings:
         return max(1, -(-wanted // self.images_per_step(world)))
 
 
-class Stop:
-    """Asks the loop to end after the step in hand: SIGINT and SIGTERM once; a second SIGINT ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Stop:
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def requested(self, strategy: Strategy, *, due: bool) -> bool:
-        """Whether any process was asked to stop. Several processes ask each other only when `due`: it costs a wait."""
-        if strategy.world == 1:
-            return self.asked
-        return due and strategy.any(self.asked)
-
-
 class Hook(Protocol):
     """What happens beside the training. Called on every rank after every optimizer step, in the order of the list.
 
@@ -100,6 +73,10 @@ class Hook(Protocol):
 
     def end(self, step: int) -> None:
         """The loop ends after `step`, be it the last one or not."""
+        ...
+
+    def interrupted(self, step: int, values: dict[str, float]) -> None:
+        """Instead of `end`: a signal has stopped one of the hooks, and `step` has not been reported."""
         ...
 
 
@@ -125,36 +102,45 @@ def train(
     """Train from optimizer step `start` to `steps`, or until asked to stop; the step reached.
 
     unreported: what step `start` has still to report, where it was saved and not evaluated and reported; else None.
+    Raises Stopped on every rank when asked to stop during an evaluation: the step is saved, and not yet reported.
     """
     step, state, strategy = start, parts.state, parts.state.strategy
     state.module.train()
-    if unreported is not None:
-        _beside(parts, step, dict(unreported), last=step == steps)
-    while step < steps and not stop.requested(strategy, due=step % run.log_every == 0):
-        rate = state.lr.set(step)
-        for micro in range(run.grad_accum):
-            waiting = time.perf_counter()
-            batch = next(parts.batches)
-            waited = time.perf_counter() - waiting
-            with strategy.accumulating(state.module, last=micro + 1 == run.grad_accum):
-                losses = parts.loss(state.module, batch)
-                strategy.backward(losses.values.mean() / run.grad_accum)
-            state.meter.add(losses, batch, waited=waited)
-        strategy.average(state.learned)
-        state.meter.add_grad_norm(state.update())
-        step += 1
-        state.ema.update(step)
-        values: dict[str, float] = {}
-        if step % run.log_every == 0 or step == steps:
-            # a run that is continued later reports the whole interval, as if it had not paused here
-            values |= state.meter.read(lr=rate, clear=step % run.log_every == 0)
-        _beside(parts, step, values, last=step == steps)
-    for hook in parts.hooks:
-        hook.end(step)
+    with stop.deferred():
+        if unreported is not None:
+            _beside(parts, step, dict(unreported), last=step == steps)
+        while step < steps and not stop.due(strategy):
+            activity.doing(f"training step {step + 1}", lockstep=True)
+            rate = state.lr.set(step)
+            for micro in range(run.grad_accum):
+                waiting = time.perf_counter()
+                batch = next(parts.batches)
+                waited = time.perf_counter() - waiting
+                activity.tick()
+                with strategy.accumulating(state.module, last=micro + 1 == run.grad_accum):
+                    losses = parts.loss(state.module, batch)
+                    strategy.backward(losses.values.mean() / run.grad_accum)
+                state.meter.add(losses, batch, waited=waited)
+            strategy.average(state.learned)
+            state.meter.add_grad_norm(state.update())
+            step += 1
+            state.ema.update(step)
+            values: dict[str, float] = {}
+            if step % run.log_every == 0 or step == steps:
+                # a run that is continued later reports the whole interval, as if it had not paused here
+                values |= state.meter.read(lr=rate, clear=step % run.log_every == 0)
+            _beside(parts, step, values, last=step == steps)
+        for hook in parts.hooks:
+            hook.end(step)
     return step
 
 
 def _beside(parts: Training, step: int, values: dict[str, float], *, last: bool) -> None:
     with parts.state.meter.paused():
-        for hook in parts.hooks:
-            hook(step, values, last=last)
+        try:
+            for hook in parts.hooks:
+                hook(step, values, last=last)
+        except Stopped:
+            for hook in parts.hooks:
+                hook.interrupted(step, values)
+            raise

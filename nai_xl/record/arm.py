@@ -138,6 +138,22 @@ class ArmRecord:
         seconds = self.arm.seconds + (time.monotonic() - self.began if self.began is not None else 0)
         self._write(replace(self.arm, status=status, error=error, seconds=round(seconds, 1)))
 
+    def end_now(self, error: str | None) -> None:
+        """Record the end from a thread, just before it ends the process: of an error, or None after a signal."""
+        status: Status = "FAILED" if error else "STOPPED"
+        if self.began is None:
+            if self.arm.sweep is not None:
+                self.end(status, error)
+            return
+        seconds = round(self.arm.seconds + time.monotonic() - self.began, 1)
+        with suppress(UserError, OSError):  # the main thread holds the run's lock
+            write_arm(self.home.path, replace(self.arm, status=status, error=error, seconds=seconds))
+
+    def stopped_at(self) -> float | None:
+        """When a signal ended this run, in seconds since the epoch; None where something else was last."""
+        found = arm_so_far(self.home.path)
+        return self.home.arm.stat().st_mtime if found and found.status == "STOPPED" else None
+
     def _write(self, arm: Arm) -> None:
         with suppress(UserError, OSError):  # a full disk must not hide why the run ended
             self.home.create()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -128,19 +129,27 @@ class RunDirectory:
             remove_strays(folder)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run's lock. Raises UserError when another process holds it."""
+    def locked(self, patience: float = 0) -> Iterator[None]:
+        """Hold the run's lock. Raises UserError when another process holds it for longer than `patience` seconds."""
         lock = FileLock(str(self.path / ".lock"))
         try:
             lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"{self.path} is being trained by another process; set name=NAME for a second run"
-            ) from error
+        except Timeout:
+            self._wait_for(lock, patience)
         try:
             yield
         finally:
             lock.release()
+
+    def _wait_for(self, lock: FileLock, patience: float) -> None:
+        if patience:
+            print(f"waiting for another process that trains {self.path}", file=sys.stderr)
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout as error:
+            raise UserError(
+                f"{self.path} is being trained by another process; set name=NAME for a second run"
+            ) from error
 
     def trained_on(self) -> TrainedOn | None:
         """Which data the run was begun with; None where it has not got that far."""

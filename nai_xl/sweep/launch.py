@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
 from nai_xl.compare.judging.comparable import leading
-from nai_xl.engine.loop import Stop
-from nai_xl.errors import UserError
+from nai_xl.distributed.launch import refuse_half_a_launch, several
+from nai_xl.engine.stop import Stop
+from nai_xl.errors import STOPPED_STATUS, Stopped, UserError
 from nai_xl.record.arm import Status, arm_so_far
 from nai_xl.record.metrics import last_step, last_value, objective
 from nai_xl.sweep.board import Board, print_table, tail
@@ -43,10 +44,11 @@ class Sweep:
         or its failure; None for an arm that was decided before this seed's turn. `compose` makes the configs of further
         seeds.
 
-        Raises KeyboardInterrupt after a Ctrl-C or SIGTERM, once the arms under way have saved their state, and
+        Raises Stopped after a signal that asks for it, once the arms under way have saved their state, and
         UserError for a mistake that all of them share.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        refuse_half_a_launch(several=False)
+        if several():
             raise UserError("a sweep starts its arms' processes itself: leave torchrun out and set sweep.processes=N")
         common, _, _ = config.opened(composed[0])
         config.check(common, only=["sweep", "tracker"])
@@ -135,17 +137,17 @@ def shared_keys(settings: SweepSettings, members: Sequence[Member]) -> list[str]
 
 def train(members: Sequence[Member], parallel: int, gpus: Sequence[str], metric: str | None) -> None:
     """Train the arms that are not started, `parallel` at a time, and tell the `metric` of each. Raises
-    KeyboardInterrupt when asked to stop.
+    Stopped when asked to stop.
     """
     due = [member for member in members if member.status == "not started"]
     processes = max((member.processes for member in due), default=1)
     environments = slots(parallel, processes, gpus, len(os.sched_getaffinity(0)))
-    with Stop() as stop, Board() as board:
+    with Stop(deferred=True) as stop, Board() as board:
         watching = Watching(board, members, due, stop, metric)
         programs = [member.program() for member in due]
         run_all(programs, environments, stop, begun=watching.begun, ended=watching.ended, watch=watching.watch)
     if stop.asked:
-        raise KeyboardInterrupt
+        raise Stopped
 
 
 @dataclass
@@ -184,8 +186,9 @@ class Watching:
 
     def _record_end(self, member: Member, running: Running, code: int) -> None:
         """Record what became of an arm whose process could not do so."""
-        status: Status = "STOPPED" if running.asked else "FAILED"
-        reason = None if running.asked else why(code, tail(running.program.log, running.log_began))
+        stopped = running.asked or code == STOPPED_STATUS
+        status: Status = "STOPPED" if stopped else "FAILED"
+        reason = None if stopped else why(code, tail(running.program.log, running.log_began))
         member.status, member.error = status, reason
         run = member.cfg.run
         member.record.reached(last_step(member.path), run.batch_size * run.grad_accum * member.processes)

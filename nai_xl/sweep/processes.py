@@ -16,6 +16,8 @@ from typing import Protocol
 
 import psutil
 
+from nai_xl.distributed.launch import SWEEP, Process
+
 WORKER_ENDED = re.compile(r"exitcode\s*:\s*(-?\d+)")  # in torchrun's report, which has the first cause last
 
 
@@ -71,7 +73,7 @@ def _descendants(pid: int, *, recursive: bool = True) -> list[psutil.Process]:
 
 
 class Asked(Protocol):
-    """Whether an end was asked for; engine.loop.Stop is one."""
+    """Whether an end was asked for; engine.stop.Stop is one."""
 
     asked: bool
 
@@ -127,7 +129,7 @@ def _start(number: int, program: Program, slot: int, environment: Mapping[str, s
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, SWEEP: str(Process.of(os.getpid()))},
             start_new_session=True,
         )
         return Running(number, program, slot, process, length)

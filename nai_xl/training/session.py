@@ -16,15 +16,17 @@ from nai_xl import config
 from nai_xl.adapter.trainable import Trainable
 from nai_xl.config.spec import Spec
 from nai_xl.data.index import Index
+from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import Pace
 from nai_xl.engine.console import Screen
 from nai_xl.engine.hooks import Evaluate, KeepBest, MarkReported, Profile, Report, Save
-from nai_xl.engine.loop import Hook, Stop, Training, train
+from nai_xl.engine.loop import Hook, Training, train
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
-from nai_xl.errors import UserError
+from nai_xl.engine.stop import Stop
+from nai_xl.errors import Stopped, UserError
 from nai_xl.files import writing
 from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compile import uncompiled
@@ -39,19 +41,17 @@ from nai_xl.task.task import TrainingData
 from nai_xl.tracker.jsonl import NoTracker
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and has saved its state."""
-
-
 @dataclass
 class Session:
-    """This process's part in one run. choices: group -> option."""
+    """This process's part in one run. choices: group -> option. left_out: what to tell of the environment."""
 
     spec: Spec
     choices: Mapping[str, str]
     home: RunDirectory
     strategy: Strategy
     note: ArmRecord
+    stop: Stop
+    left_out: Sequence[str] = ()
     screen: Screen = field(init=False)
     progress: ProgressRecord = field(init=False)
 
@@ -71,20 +71,24 @@ class Session:
             self.note.begin()
             home.tidy()
             write_config(home.path, spec.cfg)
+        activity.doing("reading the weights")
         network = spec.task.load(spec.model)
+        activity.doing("preparing the data")
         data = spec.task.prepare(index, spec.cache, strategy, home)
         if strategy.first:
             data.write(home)
-        with checkpoints, self._reporting(index) as (tracker, stop):
+        with checkpoints, self._reporting(index) as tracker:
+            activity.doing("building the training")
             trainable = spec.adapter(network)
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state)
             self._announce(data, tracker, start, steps)
             with self._written() as looks:
-                reached = self._loop(data, state, tracker, checkpoints, stop, looks, start, steps)
+                reached = self._loop(data, state, tracker, checkpoints, looks, start, steps)
             if reached < steps:
-                raise Stopped
+                raise Stopped(together=True)
+            activity.doing("writing the pipeline")
             weights = state.delivered()
             if strategy.first:
                 with writing(home.pipeline, (OSError, SafetensorError)):
@@ -121,7 +125,6 @@ class Session:
         state: State,
         tracker: Tracker,
         checkpoints: Checkpointer,
-        stop: Stop,
         looks: RunDirectory,
         start: int,
         steps: int,
@@ -137,16 +140,23 @@ class Session:
         hooks: list[Hook] = [
             Profile(profiler),
             save,
-            Evaluate(spec.evaluators, studio, strategy, partial(uncompiled, spec.memory)),
+            Evaluate(spec.evaluators, studio, strategy, partial(self._interruptible, state)),
             *self._keeping_best(save),
             Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world), compiled),
             MarkReported(self.progress, save),
         ]
         unreported = None if self.progress.has_reported(start) else checkpoints.unreported
         batches = profiler.watch(on_device(read, strategy.device))
-        with profiler:
-            parts = Training(state, spec.task.loss, batches, hooks)
-            reached = train(spec.run, parts, start=start, steps=steps, stop=stop, unreported=unreported)
+        parts = Training(state, spec.task.loss, batches, hooks)
+        try:
+            with profiler:
+                reached = train(spec.run, parts, start=start, steps=steps, stop=self.stop, unreported=unreported)
+        except Stopped:
+            reached = self.note.arm.steps
+            self.screen.say(
+                f"stopped while evaluating at step {reached} of {steps}; the same command goes on from there"
+            )
+            raise
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
         return reached
@@ -158,6 +168,12 @@ class Session:
         metric, direction, owner = self.spec.best
         found = save.checkpoints.best_value()
         return [KeepBest(save, metric, direction, owner, self.spec.evaluators, self.strategy, found)]
+
+    @contextmanager
+    def _interruptible(self, state: State) -> Iterator[None]:
+        """Around evaluation: nothing is compiled, and a signal ends it before the next pass."""
+        with uncompiled(self.spec.memory), self.stop.between_passes(state.trainable.module, self.strategy):
+            yield
 
     def _precompile(self, data: TrainingData, state: State) -> dict[str, float]:
         """Let actions that compile do so before the clock starts. What there is to report of it."""
@@ -197,19 +213,19 @@ class Session:
             yield RunDirectory(Path(scratch))
 
     @contextmanager
-    def _reporting(self, index: Index) -> Iterator[tuple[Any, Stop]]:
-        """What the first rank reports to, and the others do not; and whether a signal has asked for an end."""
+    def _reporting(self, index: Index) -> Iterator[Any]:
+        """What the first rank reports to, and the others do not."""
         spec, strategy = self.spec, self.strategy
         tracker = spec.tracker(run_dir=self.home.path) if strategy.first else NoTracker()
         try:
-            with tracker, Stop() as stop:
+            with tracker:
                 chosen = {**self.choices, **config.flat(spec.cfg), "data_fingerprint": index.fingerprint()}
                 tracker.params(chosen, {"seed": str(spec.run.seed), "git_commit": git_commit()})
                 tracker.artifact(self.home.config)
-                yield tracker, stop
-        except Stopped:
-            # torchrun ends all processes soon after the first; the tracker's is done now
-            strategy.wait()
+                yield tracker
+        except Stopped as stopped:
+            if stopped.together:  # torchrun ends all processes soon after the first; the tracker's is done now
+                strategy.wait()
             raise
 
     # --- words --------------------------------------------------------------------------------------------------------
@@ -226,8 +242,15 @@ class Session:
             "steps": f"{steps}" + (f", continuing after {start}" if start else ""),
             "results": str(self.home.path),
         }
+        if self.left_out:
+            rows["environment"] = "\n".join(self.left_out)
         self.screen.table("nai_xl", rows)
         self.screen.say(*task.remarks())
+        if world == 1 and self.spec.distributed.several:
+            option = self.choices.get("distributed", "ddp")
+            self.screen.say(
+                f"distributed={option} runs in this one process: start several with torchrun --nproc-per-node=N"
+            )
         if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
             tracker.figure("method", 0, figure)
 

@@ -105,7 +105,7 @@ def test_seeds_are_added_to_undecided_arms_until_all_are_decided_also_after_an_i
     folder: Path, sweep: Callable[..., str]
 ) -> None:
     (folder / "interrupt").write_text("p2 3")
-    told = sweep("loss=uniform,minsnr,p2", *UNTIL, status=130)
+    told = sweep("loss=uniform,minsnr,p2", *UNTIL, status=75)
     assert "look at 3 of 5 seeds: minsnr better (no further seeds); p2 undecided" in told
     assert starts(folder) == {"uniform": 4, "minsnr": 3, "p2": 4}
     assert len(read_looks(folder / "outputs/compare-loss")) == 1
