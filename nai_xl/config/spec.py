@@ -105,6 +105,7 @@ class Spec:
             rank=strategy.rank,
             world=strategy.world,
             refuse_gradients=strategy.scaler is None,
+            images_per_step=self.run.images_per_step(strategy.world),
             flops=self.task.flops(data),
             peak_tflops=gpu.bf16_tflops if gpu else None,
         )

@@ -230,7 +230,7 @@ def test_every_rank_gets_its_own_rows_back() -> None:
     for rank in (0, 1):
         back = Meter(1000, gather=alone, rank=rank, world=2)
         back.load_state_dict(saving.state_dict())
-        assert back.rows[0].tolist() == [[1 + rank, 2 + rank], [10 + rank, 20 + rank], [rank, 1 + rank]]
+        assert back.rows[0].tolist() == [[1 + rank, 2 + rank], [10 + rank, 20 + rank], [rank, 1 + rank], [rank, 1 + rank]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -239,7 +239,7 @@ def test_loss_that_is_not_finite_is_refused_naming_its_images(bad: float) -> Non
     add(meter, [1.0, bad, 2.0], [0, 1, 2], items=[40, 123456789, 42])
     add(meter, [bad, 1.0], [0, 1], items=[17, 43])
     meter.add_grad_norm(torch.tensor(1.0))
-    with pytest.raises(UserError, match=r"number \[17, 123456789\] of the index.*optimizer\.lr"):
+    with pytest.raises(UserError, match=r"number 17 of .*number 123456789 of .*optimizer\.lr"):
         meter.read(lr=1)
 
 
