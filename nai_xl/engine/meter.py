@@ -25,6 +25,7 @@ from nai_xl.interfaces import Direction, Losses, MicroBatch
 
 BANDS = 4
 HISTORY = 200  # steps whose mean losses are kept
+SEARCH = 40  # steps in a row that a loss scaler may take to find its scale: from 2^16 down to 2^-24
 LEFT_OUT = torch.tensor([[0.0], [0.0], [-1.0], [-1.0]], dtype=torch.float64)  # a row that counts nowhere
 PAUSED = "nai_xl: paused"  # the mark in a profiler's trace of what is not the training
 GIB = 1 << 30
@@ -93,6 +94,7 @@ class Meter:
         self.flops, self.peak_tflops = flops, peak_tflops
         self.left_out = 0  # steps of the whole run
         self.history: dict[int, float] = {}  # step -> mean of its finite losses
+        self.finite_at: int | None = None  # the last step whose gradient was finite
         self.clear()
 
     def clear(self) -> None:
@@ -180,8 +182,14 @@ class Meter:
         bad = bad[bad[:, 3].argsort(stable=True)]
         samples = [Sample(int(position), int(item), axis) for _, axis, item, position in bad.tolist()]
         steps = {sample.position // self.images_per_step + 1 for sample in samples}
+        finite = dict(zip(self.steps, norms.isfinite().tolist(), strict=True))
         if self.refuse_gradients:
-            steps |= {step for step, finite in zip(self.steps, norms.isfinite().tolist(), strict=True) if not finite}
+            steps |= {step for step in finite if not finite[step]}
+        elif finite:
+            first = self.steps[0] - 1 if self.finite_at is None else self.finite_at
+            self.finite_at = max([first, *(step for step in finite if finite[step])])
+            if self.steps[-1] - self.finite_at > SEARCH:  # the scaler skips them and says nothing
+                steps.add(self.steps[-1])
         return Fault(samples, sorted(steps), dict(self.history)) if steps else None
 
     def _leave_out(self) -> None:
@@ -223,6 +231,7 @@ class Meter:
             "norms": [*self.norms],
             "steps": [*self.steps],
             "left_out": self.left_out,
+            "finite_at": self.finite_at,
             "history": [[step, loss] for step, loss in self.history.items()],
         }
 
@@ -236,7 +245,7 @@ class Meter:
             self.rows.append(torch.cat([mine, unknown]))
         self.norms = state["norms"]
         self.steps = list(state.get("steps", [0] * len(self.norms)))
-        self.left_out = int(state.get("left_out", 0))
+        self.left_out, self.finite_at = int(state.get("left_out", 0)), state.get("finite_at")
         self.history = {int(step): loss for step, loss in state.get("history", ())}
         if not all(row[0].isfinite().all() for row in self.rows) or (
             self.refuse_gradients and not all(norm.isfinite() for norm in self.norms)

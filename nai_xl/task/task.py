@@ -58,8 +58,8 @@ class Task(Protocol):
     """One option of the group `task`. Every rank calls its methods; `figure` and `deliver` are the first rank's alone.
 
     The order: refuse, load, prepare, flops, free_groups, stateful, described, remarks, figure, studio, loss at every
-    step, deliver. With something to compile, `loss` is called for each shape before `studio`, too. `traced` is called if
-    a loss is not finite. precompute ends after `prepare`.
+    step, deliver. With something to compile, `loss` is called for each shape before `studio`, too. `traced` is asked
+    where a loss is not finite. precompute ends after `prepare`.
 
     timesteps: the length of the axis along which losses are reported in bands; 0 for none. A class may also declare
     headline, the groups whose options name a run's directory; without it they are task and model.

@@ -230,7 +230,12 @@ def test_every_rank_gets_its_own_rows_back() -> None:
     for rank in (0, 1):
         back = Meter(1000, gather=alone, rank=rank, world=2)
         back.load_state_dict(saving.state_dict())
-        assert back.rows[0].tolist() == [[1 + rank, 2 + rank], [10 + rank, 20 + rank], [rank, 1 + rank], [rank, 1 + rank]]
+        assert back.rows[0].tolist() == [
+            [1 + rank, 2 + rank],
+            [10 + rank, 20 + rank],
+            [rank, 1 + rank],
+            [rank, 1 + rank],
+        ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
