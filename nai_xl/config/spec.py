@@ -20,6 +20,7 @@ from nai_xl.data.index import Index
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
+from nai_xl.engine.hooks import ChosenHook
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError, keyed
@@ -54,6 +55,7 @@ class Spec:
     precision: Any
     distributed: Any
     evals: Sequence[Evaluator]
+    hooks: Sequence[ChosenHook]
     tracker: Callable[..., Any]
     checkpoint: Callable[..., Any]
     cache: Any

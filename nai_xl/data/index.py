@@ -110,7 +110,12 @@ def open_rgb(path: Path) -> Image.Image:
     """
     with Image.open(path) as file:
         file.load()
-        image = ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        return _as_rgb(file)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of its own, even of one that is RGB already."""
     if image.mode.startswith(("I", "F")):
         # Pillow would clip 16-bit grey at 255
         return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.assemble import State
 from nai_xl.engine.console import Screen
 from nai_xl.interfaces import Checkpointer, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
@@ -16,11 +18,46 @@ from nai_xl.record.arm import ArmRecord
 class NoHook:
     """A hook that does nothing. Subclasses override what they need."""
 
+    def begin(self, around: Surroundings) -> None:
+        pass
+
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         pass
 
     def end(self, step: int) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a hook of the group `hooks` is given: where the run lies, what is trained, and whom to tell.
+
+    say: a line on the first rank's screen. tracker: of the first rank; the others' does nothing. start, steps: the step
+    that the run begins after, and its last one.
+    """
+
+    run_dir: Path
+    state: State
+    tracker: Tracker
+    say: Callable[[str], None]
+    start: int
+    steps: int
+
+
+class ChosenHook(Protocol):
+    """An option of the group `hooks`: a hook (engine.loop.Hook) that can be chosen. Every rank makes and calls it.
+
+    It is called before a step is saved, evaluated and reported, so a UserError that it raises ends the run with the
+    checkpoints of before. train/* in the values are the same on all ranks. The class says with changes_weights = False
+    that looking on is all it does; without that its settings belong to the run's identity.
+    """
+
+    def begin(self, around: Surroundings) -> None:
+        """Called once, before the first step."""
+        ...
+
+    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None: ...
+    def end(self, step: int) -> None: ...
 
 
 @dataclass

@@ -182,12 +182,12 @@ class Meter:
         bad = bad[bad[:, 3].argsort(stable=True)]
         samples = [Sample(int(position), int(item), axis) for _, axis, item, position in bad.tolist()]
         steps = {sample.position // self.images_per_step + 1 for sample in samples}
-        finite = dict(zip(self.steps, norms.isfinite().tolist(), strict=True))
+        known = list(zip(self.steps, norms.isfinite().tolist(), strict=True))
         if self.refuse_gradients:
-            steps |= {step for step in finite if not finite[step]}
-        elif finite:
+            steps |= {step for step, finite in known if not finite}
+        elif known:
             first = self.steps[0] - 1 if self.finite_at is None else self.finite_at
-            self.finite_at = max([first, *(step for step in finite if finite[step])])
+            self.finite_at = max([first, *(step for step, finite in known if finite)])
             if self.steps[-1] - self.finite_at > SEARCH:  # the scaler skips them and says nothing
                 steps.add(self.steps[-1])
         return Fault(samples, sorted(steps), dict(self.history)) if steps else None

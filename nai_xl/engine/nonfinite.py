@@ -65,7 +65,7 @@ class Fault:
         losses = [self.history[step] for step in steps]
         if len(losses) < 2:
             return None
-        usual = sorted(losses)[(len(losses) - 1) // 4]
+        usual = sorted(losses)[(len(losses) - 1) // 3]  # below the median: the growth may be long
         low = [step for step, loss in zip(steps, losses, strict=True) if loss <= GROWN * abs(usual)]
         if not low or losses[-1] <= GROWN * abs(usual):
             return None

@@ -16,7 +16,7 @@ from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import Pace
 from nai_xl.engine.console import Screen
-from nai_xl.engine.hooks import Evaluate, Profile, Report, Save
+from nai_xl.engine.hooks import Evaluate, Profile, Report, Save, Surroundings
 from nai_xl.engine.loop import Stop, Training, train
 from nai_xl.engine.nonfinite import Guard
 from nai_xl.engine.precompile import precompile
@@ -145,10 +145,13 @@ class Session:
         studio = spec.task.studio(data, state, tracker, self.home)
         hooks = [
             Profile(profiler),
+            *spec.hooks,
             Save(checkpoints, spec.run.checkpoint_every, saved=start),
             Evaluate(spec.evals, studio, strategy, partial(uncompiled, spec.memory)),
             Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world)),
         ]
+        for hook in spec.hooks:
+            hook.begin(Surroundings(self.home.path, state, tracker, self.screen.say, start, steps))
         batches = profiler.watch(on_device(read, strategy.device))
         with profiler:
             reached = train(

@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,11 @@ from nai_xl.optimizer.update import WholeUpdate
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.train import train
 from nai_xl.training import session
+from tests.conftest import SMALL
 from tests.test_train import losses, rows, same_weights, weights
 
 Compose = Callable[..., DictConfig]
+ROOT = Path(__file__).parents[2]
 STEPS = 7  # of two images each: the twelve, and two again
 BAD = 5  # the step that meets the poisoned entry
 COMMON = (
@@ -201,6 +206,33 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small: Compose, poi
     poison()
     with pytest.raises(UserError, match=r"no checkpoint to go back to yet: lower run\.checkpoint_every"):
         run(small(*COMMON, "run.checkpoint_every=100", "run.on_nonfinite=rewind"))
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_one_ranks_bad_entry_ends_all_and_is_left_out_by_all(
+    small: Compose, poison: Callable[..., Path], images: Path, tmp_path: Path
+) -> None:
+    """The image of step BAD that is poisoned is the second rank's."""
+    entry = poison("loss=uncertainty")
+    choices = [*COMMON, "run.batch_size=1", "distributed=ddp", "loss=uncertainty"]
+
+    def launched(*further: str) -> subprocess.CompletedProcess[str]:
+        launcher = "-m torch.distributed.run --standalone --nproc-per-node=2 -m nai_xl.train".split()
+        command = [sys.executable, *launcher, *SMALL, f"data.dir={images}", *choices, *further]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+
+    stopped = launched()
+    assert stopped.returncode and entry.name in stopped.stderr and "is not finite" in stopped.stderr, stopped.stderr
+    done = launched("run.on_nonfinite=skip")
+    assert done.returncode == 0, done.stderr
+    home = only(tmp_path)
+    assert bad_steps(home) == [BAD] and rows(home)[STEPS]["train/skipped_steps"] == 1
+    newest = sorted((home / "checkpoints").iterdir())[-1]
+    for part in ("unet", "ema", "objective", "meter"):
+        assert all(tensor.isfinite().all() for tensor in load_file(newest / f"{part}.safetensors").values()), part
 
 
 # --- causes -----------------------------------------------------------------------------------------------------------
