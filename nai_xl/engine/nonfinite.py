@@ -148,7 +148,7 @@ class Guard:
         if growth := fault.growth():
             return f"{growth[0].upper()}{growth[1:]}: begin a new run with a lower {rate}."
         if weights.broken:
-            more = f"{len(weights.broken)} of {weights.count} tensors are not, first {weights.broken[0]}"
+            more = f"{len(weights.broken)} of {weights.tensors} tensors are not, first {weights.broken[0]}"
             return f"The trained weights are not finite themselves ({more}): begin a new run with a lower {rate}."
         if weights.largest > HUGE:
             return f"The weights have grown to {weights.largest:.3g}: begin a new run with a lower {rate}."
@@ -169,9 +169,9 @@ class Guard:
 
 
 class Weights(NamedTuple):
-    """count: of tensors. broken: the names of those that are not finite. largest: absolute value in the others."""
+    """tensors: how many. broken: the names of those that are not finite. largest: absolute value in the others."""
 
-    count: int
+    tensors: int
     broken: Sequence[str]
     largest: float
 

@@ -70,7 +70,6 @@ def only(folder: Path) -> Path:
         ["loss=uncertainty"],
         ["optimizer=adafactor", "precision=bf16", "memory=[sdpa,bf16_weights]"],
         ["memory=[sdpa,optimizer_in_backward]", "loss=uncertainty", "precision=bf16"],
-        ["optimizer._target_=torch.optim.RMSprop", "~optimizer.fused", "~optimizer.betas", "loss=uncertainty"],
     ],
     ids=lambda choices: " ".join(choices) or "defaults",
 )
@@ -134,6 +133,14 @@ def test_a_run_that_stopped_goes_on_with_skip(small: Compose, poison: Callable[.
         run(small(*COMMON))
     home = run(small(*COMMON, "run.on_nonfinite=skip"))
     assert home.name == only(tmp_path).name and sorted(rows(home)) == [6, STEPS]
+
+
+def test_an_entry_that_spoils_the_statistics_of_all_latents_is_named(
+    small: Compose, poison: Callable[..., Path]
+) -> None:
+    entry = poison("latents=per_channel")
+    with pytest.raises(UserError, match=rf"images/\d\d\.png is not finite: delete .*{entry.name}"):
+        run(small(*COMMON, "latents=per_channel"))
 
 
 # --- going back -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class FolderSource:
     """A folder, searched recursively, of jpg, png and webp images with same-name .txt captions.
 
     `held_out` is the share of them that is never trained on, for evaluators. Images of more than `max_megapixels`
-    million pixels, which take 6 MB of memory for each million while they are read, and those with a caption file of
+    million pixels, which take 8 MB of memory for each million while they are read, and those with a caption file of
     more than `max_caption` bytes are skipped, and listed with the rest.
     """
 
