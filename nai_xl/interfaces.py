@@ -111,6 +111,7 @@ class MicroBatch(Protocol):
     """A micro-batch of any task, as the loop and the meter see it."""
 
     item: Tensor  # [B] int64: place of each sample's image in the index
+    position: Tensor  # [B] int64: place of each sample in the run
 
     def __len__(self) -> int: ...
     @property
@@ -195,12 +196,14 @@ class Bucketing(Protocol):
 class Cache(Protocol):
     """Tensors by content key. `get` gives None for what is missing or unreadable. `shared`: other ranks see it too.
 
-    `alone`: what others do under the same name, in any process that shares the cache, waits meanwhile.
+    `alone`: what others do under the same name, in any process that shares the cache, waits meanwhile. `place`: where a
+    person finds the entry, for messages.
     """
 
     shared: bool
 
     def __contains__(self, key: str) -> bool: ...
+    def place(self, key: str) -> str: ...
     def get(self, key: str) -> dict[str, Tensor] | None: ...
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...
     def alone(self, name: str) -> AbstractContextManager[None]: ...

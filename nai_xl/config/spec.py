@@ -23,12 +23,14 @@ from nai_xl.distributed.launch import refuse_half_a_launch
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
+from nai_xl.engine.hooks import ChosenHook
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError, keyed
 from nai_xl.interfaces import Direction, Evaluator
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
+from nai_xl.model.finite import refuse_not_finite
 from nai_xl.task.objective import compose_objective, groups
 from nai_xl.task.task import Task, TrainingData
 
@@ -56,6 +58,7 @@ class Spec:
     precision: Any
     distributed: Any
     evals: Sequence[Evaluator]
+    hooks: Sequence[ChosenHook]
     tracker: Callable[..., Any]
     checkpoint: Callable[..., Any]
     cache: Any
@@ -64,7 +67,7 @@ class Spec:
     def of(cls, cfg: DictConfig) -> Spec:
         parts = Parts(cfg)
         names = [field.name for field in fields(cls) if field.name not in ("cfg", "model", *LATE)]
-        model = functools.partial(config.build, cfg.model, tuple(cfg.plugins))
+        model = functools.partial(_loaded, cfg)
         late: dict[str, Any] = {name: _late(name, parts[name]) for name in LATE}
         spec = cls(cfg=cfg, model=model, **{name: parts[name] for name in names}, **late)
         refuse_misfits(spec.memory, parts["optimizer"], spec.precision.autocast)
@@ -148,6 +151,7 @@ class Spec:
             rank=strategy.rank,
             world=strategy.world,
             refuse_gradients=strategy.scaler is None,
+            images_per_step=self.run.images_per_step(strategy.world),
             flops=self.task.flops(data),
             peak_tflops=gpu.bf16_tflops if gpu else None,
         )
@@ -200,6 +204,13 @@ class Parts(dict[str, Any]):
         wanted = inspect.signature(config.locate(str(node._target_), self.plugins)).parameters
         known = (*self.cfg, *config.groups(), *settings())
         return {name: self[name] for name in wanted if name not in node and name in known}
+
+
+def _loaded(cfg: DictConfig) -> Any:
+    """The model with its weights. Raises UserError for weights that are not finite, whichever option has read them."""
+    components = config.build(cfg.model, tuple(cfg.plugins))
+    refuse_not_finite(components)
+    return components
 
 
 def _late(key: str, make: Callable[..., Any]) -> Callable[..., Any]:

@@ -60,6 +60,9 @@ class DiskCache:
         except OSError as error:
             raise self._unreadable(error) from error
 
+    def place(self, key: str) -> str:
+        return self._file(key)
+
     def get(self, key: str) -> dict[str, Tensor] | None:
         try:
             tensors = read_tensors(self._file(key))
@@ -119,6 +122,9 @@ class MemoryCache:
 
     def __contains__(self, key: str) -> bool:
         return key in self.entries
+
+    def place(self, key: str) -> str:
+        return f"entry {key[:16]} in memory"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         return self.entries.get(key)

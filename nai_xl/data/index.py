@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nai_xl.errors import UserError
+from nai_xl.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,12 @@ def open_rgb(path: Path) -> Image.Image:
     """
     with Image.open(path) as file:
         file.load()
-        image = ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        return _as_rgb(file)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of its own, even of one that is RGB already."""
     if image.mode.startswith(("I", "F")):
         # Pillow would clip 16-bit grey at 255
         return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -118,6 +123,16 @@ def open_rgb(path: Path) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def reopen(item: Item) -> Image.Image:
+    """open_rgb of an image that was there when the run began. Raises UserError if it has gone or been damaged since."""
+    try:
+        return open_rgb(item.path)
+    except UNREADABLE as error:
+        raise UserError(
+            f"{item.path} can no longer be read ({one_line(error)}); bring it back and run the same command again"
+        ) from error
 
 
 def refuse_without_pictures(items: Iterable[Item], reader: str, instead: str) -> None:

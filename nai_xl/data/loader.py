@@ -15,7 +15,7 @@ from nai_xl.data.index import Index, Item
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Cache, Placement
-from nai_xl.rng import draws
+from nai_xl.rng import Draws, draws
 
 T = TypeVar("T")
 RECENT = 64  # captions whose conditions a reader keeps, 20 MB for SDXL
@@ -44,23 +44,43 @@ class Encoded:
 
     def condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """context [77k,D] and pooled [P] of a text that was encoded beforehand."""
-        tensors = self.read(self.texts[text])
+        tensors = self.read(self.texts[text], f"the text {shortened(text)}")
         return tensors["context"], tensors["pooled"]
 
     def latents_of(self, ref: LatentRef) -> torch.Tensor:
         """[4,h,w] float32, normalised, of one placement of an image."""
         return (self.read(ref.key)["latents"].float() - self.mean) / self.std
 
-    def read(self, key: str) -> dict[str, torch.Tensor]:
-        return read(self.cache, key)
+    def drawn(self, draw: Draws, number: int, captions: PlainCaptions) -> tuple[LatentRef, str]:
+        """The placement and the text of a sample of item `number`."""
+        row = self.latents[number]
+        return row[draw.choice("placement", len(row))], captions.pick(self.index.items[number].caption, draw)
+
+    def read(self, key: str, of: object = "") -> dict[str, torch.Tensor]:
+        return read(self.cache, key, of)
 
 
-def read(cache: Cache, key: str) -> dict[str, torch.Tensor]:
-    """An entry that was made beforehand. Raises UserError if it has gone since."""
+def read(cache: Cache, key: str, of: object = "") -> dict[str, torch.Tensor]:
+    """An entry that was made beforehand, `of` a file or a text. Raises UserError if it has gone since."""
     tensors = cache.get(key)
     if tensors is None:
-        raise UserError(f"cache entry {key} has gone or is damaged; run the same command again to make it anew")
+        what = f"the cached entry of {of}" if of else "a cached entry"
+        raise UserError(
+            f"{what} has gone or is damaged: {cache.place(key)}; run the same command again, which makes it anew and "
+            "goes on from the last checkpoint"
+        )
     return tensors
+
+
+def not_finite(cache: Cache, key: str, of: object) -> str | None:
+    """What is wrong with an entry that is there and holds numbers that are not finite, and its cure."""
+    tensors = cache.get(key) or {}
+    if all(tensor.isfinite().all() for tensor in tensors.values()):
+        return None
+    return (
+        f"The cached entry of {of} is not finite: delete {cache.place(key)} and run the same command again, which "
+        "makes it anew and goes on."
+    )
 
 
 class PositionDataset(Dataset[Batch]):
@@ -95,11 +115,11 @@ class PositionDataset(Dataset[Batch]):
         positions, numbers = zip(*where, strict=True)
         samples = [draws(self.seed, position) for position in positions]
         items = [encoded.index.items[number] for number in numbers]
-        rows = [encoded.latents[number] for number in numbers]
-        refs = [row[draw.choice("placement", len(row))] for draw, row in zip(samples, rows, strict=True)]
-        texts = [self.captions.pick(item.caption, draw) for draw, item in zip(samples, items, strict=True)]
-        conditions = [self._condition(text) for text in texts]
-        raw = torch.stack([encoded.read(ref.key)["latents"] for ref in refs]).float()
+        pairs = [encoded.drawn(draw, number, self.captions) for draw, number in zip(samples, numbers, strict=True)]
+        refs = [ref for ref, _ in pairs]
+        conditions = [self._condition(text) for _, text in pairs]
+        read = [encoded.read(ref.key, item.path)["latents"] for ref, item in zip(refs, items, strict=True)]
+        raw = torch.stack(read).float()
         noise, perturbation = self.noise(samples, raw.shape[1:])
         return Batch(
             latents=(raw - encoded.mean) / encoded.std,
@@ -121,6 +141,11 @@ class PositionDataset(Dataset[Batch]):
         if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]
         return found
+
+
+def shortened(text: str) -> str:
+    """A text in quotes, its beginning where it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def _as_it_is(batch: Any) -> Any:

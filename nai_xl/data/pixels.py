@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from nai_xl.data.bucketing import cover
 from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
+from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb, reopen
 from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucket, Bucketing, Placement
 from nai_xl.rng import Draws, draws
@@ -69,7 +69,7 @@ class PixelDataset(Dataset[PixelBatch]):
         place = places[draw.choice("placement", len(places))]
         if self.zoom > 1:
             place = zoomed(place, item.size, self.zoom ** draw.uniform("zoom"), draw)
-        pixels = to_pixels(on_canvas(open_rgb(item.path), place))
+        pixels = to_pixels(on_canvas(reopen(item), place))
         return recoloured(pixels, draw) if self.recolour else pixels
 
 

@@ -19,7 +19,7 @@ from nai_xl.data.images import on_canvas, to_pixels
 from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
 from nai_xl.data.loader import LatentRef, read
 from nai_xl.distributed import activity
-from nai_xl.errors import one_line
+from nai_xl.errors import UserError, one_line
 from nai_xl.interfaces import Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, moments
 from nai_xl.model.sdxl.components import Components, fingerprint
@@ -131,6 +131,8 @@ class Encoder:
                 activity.beat()
                 together = filled(group, batch)
                 context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=text.chunks)
+                if not (context.isfinite().all() and pooled.isfinite().all()):
+                    raise UserError(f"the text encoders gave conditions that are not finite for {group[0]!r:.80}")
                 for t, row, vector in zip(group, context.cpu(), pooled.cpu(), strict=False):
                     self.cache.put(keys[t], {"context": row, "pooled": vector})
                 bar.update(len(group))

@@ -7,11 +7,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
+from nai_xl.engine.assemble import State
 from nai_xl.engine.console import Screen
 from nai_xl.errors import Stopped, UserError, with_kind
 from nai_xl.interfaces import Checkpointer, Direction, Evaluator, Tracker
@@ -22,6 +24,9 @@ from nai_xl.record.progress import ProgressRecord
 class NoHook:
     """A hook that does nothing. Subclasses override what they need."""
 
+    def begin(self, around: Surroundings) -> None:
+        pass
+
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
         pass
 
@@ -30,6 +35,38 @@ class NoHook:
 
     def interrupted(self, step: int, values: dict[str, float]) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a hook of the group `hooks` is given: where the run lies, what is trained, and whom to tell.
+
+    say: a line on the first rank's screen. tracker: of the first rank; the others' does nothing. start, steps: the step
+    that the run begins after, and its last one.
+    """
+
+    run_dir: Path
+    state: State
+    tracker: Tracker
+    say: Callable[[str], None]
+    start: int
+    steps: int
+
+
+class ChosenHook(Protocol):
+    """An option of the group `hooks`: a hook (engine.loop.Hook) that can be chosen. Every rank makes and calls it.
+
+    It is called before a step is saved, evaluated and reported, so a UserError that it raises ends the run with the
+    checkpoints of before. train/* in the values are the same on all ranks. The class says with changes_weights = False
+    that looking on is all it does; without that its settings belong to the run's identity.
+    """
+
+    def begin(self, around: Surroundings) -> None:
+        """Called once, before the first step."""
+        ...
+
+    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None: ...
+    def end(self, step: int) -> None: ...
 
 
 @dataclass

@@ -12,9 +12,11 @@ from torch import nn
 
 from nai_xl.distributed import activity
 from nai_xl.engine.assemble import State
+from nai_xl.engine.nonfinite import Policy
 from nai_xl.engine.stop import Stop
 from nai_xl.errors import Stopped, UserError
 from nai_xl.interfaces import Losses
+from nai_xl.optimizer.update import poisoned
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -25,9 +27,17 @@ class RunSettings:
 
     Exactly one of max_images and epochs says how long to train. `chunk` consecutive images share a bucket; by default
     those of one micro-batch on all processes. Runs with equal chunks are equal on any number of processes.
+
+    A step whose loss or gradient is not finite never moves a weight. on_nonfinite says what follows: `stop` ends the
+    run with a report of the cause. `skip` leaves the step out and goes on; the average counts it. `rewind` takes
+    weights, optimizer and average back to the newest checkpoint and goes on after that step, so that the data between
+    are passed over, as PaLM was trained past its spikes (2204.02311, section 5.1); it waits for the device once a step.
+    More than max_nonfinite such steps end the run. A run that stopped so can be continued with another setting.
     """
 
-    without_effect: ClassVar[tuple[str, ...]] = ("log_every", "checkpoint_every", "keep_checkpoints", "workers")
+    without_effect: ClassVar[tuple[str, ...]] = (
+        "log_every", "checkpoint_every", "keep_checkpoints", "workers", "on_nonfinite", "max_nonfinite",
+    )  # fmt: skip
 
     seed: int
     batch_size: Count
@@ -40,6 +50,8 @@ class RunSettings:
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
     workers: Annotated[int, Field(ge=0)] = 0
+    on_nonfinite: Policy = "stop"
+    max_nonfinite: Annotated[int, Field(ge=0)] = 10
 
     def __post_init__(self) -> None:
         if (self.max_images is None) == (self.epochs is None):
@@ -119,12 +131,14 @@ def train(
                 activity.tick()
                 with strategy.accumulating(state.module, last=micro + 1 == run.grad_accum):
                     losses = parts.loss(state.module, batch)
-                    strategy.backward(losses.values.mean() / run.grad_accum)
+                    strategy.backward(poisoned(losses.values.mean() / run.grad_accum))
                 state.meter.add(losses, batch, waited=waited)
             strategy.average(state.learned)
-            state.meter.add_grad_norm(state.update())
             step += 1
+            state.meter.add_grad_norm(state.update(), step)
             state.ema.update(step)
+            if run.on_nonfinite == "rewind":  # the next step's weights depend on it
+                state.meter.look()
             values: dict[str, float] = {}
             if step % run.log_every == 0 or step == steps:
                 # a run that is continued later reports the whole interval, as if it had not paused here

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from nai_xl.errors import UserError
 from nai_xl.interfaces import MicroBatch
 
 
@@ -13,8 +14,9 @@ def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[M
     """Every batch on `device`. On a GPU it is copied on a stream of its own.
 
     The host never waits in a step, so it asks for a batch while the device still computes on those before it, and the
-    copy runs beside that.
+    copy runs beside that. Raises UserError in the words of whoever raised it, a loader's worker too.
     """
+    batches = _in_its_own_words(batches)
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
@@ -26,3 +28,12 @@ def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[M
         computing.wait_stream(copying)
         moved.record_stream(computing)
         yield moved
+
+
+def _in_its_own_words(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    """torch gives a worker's error the worker's traceback as its message; the last line is the error itself."""
+    try:
+        yield from batches
+    except UserError as error:
+        *traceback, last = str(error).strip().splitlines()
+        raise UserError(last.partition(": ")[2] if traceback else last) from error

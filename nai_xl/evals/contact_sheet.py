@@ -52,6 +52,14 @@ def _caption(text: str, width: int) -> Image.Image:
     return strip
 
 
+def unavailable(bucket: Bucket, words: str) -> Image.Image:
+    """A grey picture that says why there is none."""
+    cell = Image.new("RGB", bucket, (160, 160, 160))
+    strip = _caption(words, bucket.width)
+    cell.paste(strip, (0, (bucket.height - strip.height) // 2))
+    return cell
+
+
 def _paste_centred(sheet: Image.Image, image: Image.Image, left: int, top: int, side: int) -> None:
     sheet.paste((236, 236, 236), (left, top, left + side, top + side))
     sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))

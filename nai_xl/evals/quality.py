@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from nai_xl.data.images import on_canvas
-from nai_xl.data.index import Item, open_rgb, refuse_without_pictures
+from nai_xl.data.index import Item, refuse_without_pictures, reopen
 from nai_xl.data.loader import Encoded
 from nai_xl.errors import UserError, one_line
 from nai_xl.evals.contact_sheet import Prompt
@@ -171,7 +171,7 @@ class Quality:
 
 
 def _canvases(items: Sequence[Item], placements: Sequence[Placement]) -> Iterator[Image.Image]:
-    return (on_canvas(open_rgb(item.path), placed) for item, placed in zip(items, placements, strict=True))
+    return (on_canvas(reopen(item), placed) for item, placed in zip(items, placements, strict=True))
 
 
 def to_bytes(image: Image.Image) -> Tensor:

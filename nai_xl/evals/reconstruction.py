@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import Item, open_rgb
+from nai_xl.data.index import Item, reopen
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
 from nai_xl.evals.val_loss import item_name
 from nai_xl.interfaces import Bucketing, Direction, Ema, Tracker
@@ -65,7 +65,7 @@ class Reconstruction:
         with studio.ema.swapped_in():
             for item in self.held_out(studio.items):
                 place = studio.bucketing.placements(*item.size)[0]
-                picture = on_canvas(open_rgb(item.path), place)
+                picture = on_canvas(reopen(item), place)
                 again = decode_latents(studio.vae, encode_pixels(studio.vae, to_pixels(picture)[None]))[0]
                 shown.append(Prompt(item.caption, place.bucket, picture))
                 painted.append(again)

@@ -10,8 +10,8 @@ from PIL import Image
 from pydantic import Field
 
 from nai_xl.data.images import on_canvas
-from nai_xl.data.index import Item, open_rgb
-from nai_xl.evals.contact_sheet import Prompt, contact_sheet
+from nai_xl.data.index import UNREADABLE, Item, open_rgb
+from nai_xl.evals.contact_sheet import Prompt, contact_sheet, unavailable
 from nai_xl.evals.painter import Studio
 from nai_xl.interfaces import Direction, Placement
 
@@ -68,4 +68,10 @@ class SampleGrid:
 
 
 def _picture(item: Item, placement: Placement) -> Image.Image | None:
-    return on_canvas(open_rgb(item.path), placement) if item.drawn is None else None
+    """The training image on its canvas, or a grey cell where its file has gone since the run began."""
+    if item.drawn is not None:
+        return None
+    try:
+        return on_canvas(open_rgb(item.path), placement)
+    except UNREADABLE:
+        return unavailable(placement.bucket, f"{item.path.name} can no longer be read")

@@ -33,12 +33,18 @@ def tokenize(tokenizer: Any, texts: Sequence[str], chunks: int) -> Tensor:
     rows = []
     for text in texts:
         # a "!" or "<|endoftext|>" in a caption is text, not the second tokenizer's padding
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids[
-            : CHUNK * chunks
-        ]
+        ids = tokenizer(
+            _beginning(text, CHUNK * chunks), add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids[: CHUNK * chunks]
         pieces = [ids[i * CHUNK : (i + 1) * CHUNK] for i in range(chunks)]
         rows.append([_framed(tokenizer, piece) for piece in pieces])
     return torch.tensor(rows)
+
+
+def _beginning(text: str, tokens: int) -> str:
+    """As much of a text as its first `tokens` tokens take, since every word has one at least: a text may be long."""
+    words = text.split(maxsplit=tokens + 1)
+    return text if len(words) <= tokens + 1 else text[: -len(words[-1])]
 
 
 def _framed(tokenizer: Any, piece: list[int]) -> list[int]:

@@ -21,7 +21,9 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
     if not latents.isfinite().all():
-        raise UserError(f"the autoencoder gave latents that are not finite in {vae.dtype}; set latents.dtype=fp32")
+        narrow = vae.dtype != torch.float32 or torch.is_autocast_enabled(vae.device.type)
+        cure = "; set latents.dtype=fp32" if narrow else ", although its weights are; leave these pictures out"
+        raise UserError(f"the autoencoder gave latents that are not finite{cure}")
     return latents
 
 

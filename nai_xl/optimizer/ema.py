@@ -84,8 +84,9 @@ class StandardEma:
         """Raises KeyError when the names differ: never resume half an average."""
         if state["shadow"].keys() != self.shadow.keys():
             raise KeyError("the saved average belongs to another model")
+        shadow = self.averages()  # in main memory: not before the thread has done with them
         for name, tensor in state["shadow"].items():
-            self.shadow[name].copy_(tensor)
+            shadow[name].copy_(tensor)
 
 
 @torch.no_grad()

@@ -50,32 +50,36 @@ class WholeUpdate:
         self.strategy, self.optimizer, self.inner, self.max_grad_norm = strategy, optimizer, inner, max_grad_norm
         self.parameters = list(parameters)
         clipped = {id(p) for p in self.parameters}
-        others = any(id(p) not in clipped for group in inner.param_groups for p in group["params"])
+        self.others = [p for group in inner.param_groups for p in group["params"] if id(p) not in clipped]
         # grad_scale holds for every parameter of the optimizer, so those outside the clip must not be there
-        self.folds = takes_scale(inner) and strategy.scaler is None and not others
+        self.folds = takes_scale(inner) and strategy.scaler is None and not self.others
 
     def __call__(self) -> Tensor:
-        norm = self._fold_clip() if self.folds else self._clip()
-        self.optimizer.step()
+        norm, goes = self._fold_clip() if self.folds else self._clip()
+        if goes:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _fold_clip(self) -> Tensor:
+    def _fold_clip(self) -> tuple[Tensor, bool]:
         """Leave the division to the optimizer's kernel, which reads the gradient anyway: one pass over it less."""
         norm = self.strategy.norm([p.grad for p in self.parameters if p.grad is not None])
         self.inner.grad_scale = (norm / self.max_grad_norm).clamp(min=1.0)  # type: ignore[attr-defined]
         self.inner.found_inf = _found_inf(norm)  # type: ignore[attr-defined]
-        return norm
+        return norm, True
 
-    def _clip(self) -> Tensor:
+    def _clip(self) -> tuple[Tensor, bool]:
+        """Clip; the norm, and whether to step. The norm told is that of all, if another parameter's is not finite."""
         norm = self.strategy.clip(self.parameters, self.max_grad_norm)
         if self.strategy.scaler is not None:
-            return norm  # fp16: the scaler skips such steps itself while it looks for a scale
+            return norm, True  # fp16: the scaler skips such steps itself while it looks for a scale
+        if gradients := [p.grad for p in self.others if p.grad is not None]:
+            others = norm_of(gradients)
+            norm = torch.where(others.isfinite(), norm, others)
         if takes_scale(self.inner):
             self.inner.found_inf = _found_inf(norm)  # type: ignore[attr-defined]
-        elif not norm.isfinite():  # the one wait for the device in a step, for optimizers that cannot skip by a tensor
-            self.optimizer.zero_grad(set_to_none=True)
-        return norm
+            return norm, True
+        return norm, bool(norm.isfinite())  # the one wait for the device in a step, for optimizers without found_inf
 
 
 class UpdateInBackward:
@@ -85,7 +89,8 @@ class UpdateInBackward:
     with any optimizer, one per block. The norm of the whole gradient is known only when it is gone, so each block's own
     norm is clipped to `max_grad_norm`: equal to the usual clip as long as the whole norm is within it, and looser by at
     most the square root of the number of blocks beyond. A block whose gradient is not finite is left as it was, and so
-    are those after it in the same step; optimizers that cannot skip a step by a tensor get a gradient of 0 instead.
+    are those after it in the same step. A loss that is not finite reaches every block. For optimizers that cannot skip
+    a step by a tensor the host waits for each block's norm.
 
     `make`: parameter groups -> optimizer. `free`: further groups, not clipped, such as a learned weighting's.
     """
@@ -129,6 +134,8 @@ class UpdateInBackward:
             if 0 < missing < len(self.blocks[number]):
                 self._update(number)  # a block of which some weights took no part in this step
         norm = torch.stack(self.norms).norm()
+        if self.bad is not None:  # where a free group's gradient alone was not finite, too
+            norm = torch.where(self.bad.bool() & norm.isfinite(), float("nan"), norm)
         self._begin()
         return norm
 
@@ -156,11 +163,10 @@ class UpdateInBackward:
         scale = (norm / limit).clamp(min=1.0)
         if takes_scale(optimizer):
             optimizer.grad_scale, optimizer.found_inf = scale, self.bad
-        else:
+            optimizer.step()
+        elif not self.bad:
             torch._foreach_div_(gradients, scale)
-            for gradient in gradients:  # a gradient of 0 where the step should be left out: no weight becomes NaN
-                gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(1 - self.bad)
-        optimizer.step()
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
@@ -181,6 +187,11 @@ def takes_scale(optimizer: torch.optim.Optimizer) -> bool:
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
     return all(group.get("fused", True) for group in optimizer.param_groups)
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of NaN where the loss is not finite: some errors have finite gradients at infinity."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:

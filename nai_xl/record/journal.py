@@ -2,7 +2,7 @@
 
 metrics.jsonl   a line a report: {"step", "time" in ms, name: value, ...}
 outbox.jsonl    a line for everything else, in the order of events: {"time", "kind": "params" | "tags" | "figure" |
-                "artifact" | "status", ...}. Pictures and files are named by their path.
+                "artifact" | "status" | "nonfinite", ...}. Pictures and files are named by their path.
 """
 
 from __future__ import annotations

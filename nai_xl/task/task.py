@@ -19,6 +19,7 @@ from nai_xl.data.index import Index
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.loop import RunSettings
+from nai_xl.engine.nonfinite import Sample, Traced
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Evaluator, Losses, MicroBatch, Stateful, Tracker
 from nai_xl.record.run_dir import RunDirectory
@@ -57,8 +58,8 @@ class Task(Protocol):
     """One option of the group `task`. Every rank calls its methods; `figure` and `deliver` are the first rank's alone.
 
     The order: refuse, load, prepare, flops, free_groups, stateful, described, remarks, figure, studio, loss at every
-    step, deliver. With something to compile, `loss` is called for each shape before `studio`, too. precompute ends
-    after `prepare`.
+    step, deliver. With something to compile, `loss` is called for each shape before `studio`, too. `traced` is asked
+    where a loss is not finite. precompute ends after `prepare`.
 
     timesteps: the length of the axis along which losses are reported in bands; 0 for none. A class may also declare
     headline, the groups whose options name a run's directory; without it they are task and model.
@@ -77,6 +78,10 @@ class Task(Protocol):
     def prepare(self, index: Index, cache: Any, strategy: Strategy, run: RunDirectory) -> TrainingData: ...
 
     def loss(self, module: nn.Module, batch: Any) -> Losses: ...
+
+    def traced(self, data: TrainingData, sample: Sample, seed: int) -> Traced:
+        """Which file a sample of a run with `seed` was made of, its noise level in words, and what is wrong with it."""
+        ...
 
     def free_groups(self, device: torch.device) -> list[dict[str, Any]]:
         """Optimizer groups beside the network's, such as those of a learned weighting, moved to `device`."""

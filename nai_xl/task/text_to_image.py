@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item, refuse_empty
-from nai_xl.data.loader import Encoded, PositionDataset, RankBatches, batches
+from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
@@ -28,7 +28,8 @@ from nai_xl.engine.checkpoint import ModuleState
 from nai_xl.engine.console import counted
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import RunSettings
-from nai_xl.errors import keyed
+from nai_xl.engine.nonfinite import Sample, Traced
+from nai_xl.errors import UserError, keyed
 from nai_xl.evals import method_figure
 from nai_xl.evals.painter import Studio
 from nai_xl.files import write_atomically
@@ -50,6 +51,7 @@ from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import TextEncoding
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
+from nai_xl.rng import draws
 from nai_xl.task.objective import headline
 from nai_xl.task.task import refuse_other_tasks
 
@@ -112,7 +114,7 @@ class TextToImage:
         else:
             mean, std = self.latents.statistics(
                 self.components.vae,
-                lambda: functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)])),
+                functools.partial(_measured, index, refs, encoder, strategy),
             )
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
@@ -133,6 +135,22 @@ class TextToImage:
     def loss(self, module: nn.Module, batch: Batch) -> Losses:
         values, level = self.objective(module, batch)
         return Losses(values, level.t)
+
+    def traced(self, data: TextImages, sample: Sample, seed: int) -> Traced:
+        encoded, item = data.encoded, data.index.items[sample.item]
+        if sample.position < 0:
+            return Traced(str(item.path), f"timestep {sample.axis:.6g}")
+        ref, text = encoded.drawn(draws(seed, sample.position), sample.item, self.captions)
+        bucket = ref.placement.bucket
+        schedule = self.objective.schedule.for_canvas(bucket.height, bucket.width)
+        t = torch.tensor([sample.axis], dtype=torch.float64)
+        level = schedule.at(t.long() if float(sample.axis).is_integer() else t)
+        words = f"timestep {sample.axis:.6g}, alpha {level.alpha.item():.4g}, sigma {level.sigma.item():.4g}"
+        entries = {ref.key: f"{item.path}", encoded.texts[text]: f"the text {shortened(text)} of {item.path}"}
+        faults = [fault for key, of in entries.items() if (fault := not_finite(encoded.cache, key, of))]
+        if not encoded.weights[sample.item].isfinite():
+            faults.append(f"The sample weight of {item.path} is not finite: set another sample_weights.")
+        return Traced(str(item.path), words, " ".join(faults) or None)
 
     def free_groups(self, device: torch.device) -> list[dict[str, Any]]:
         self.objective.learned.to(device)
@@ -267,6 +285,18 @@ class TextImages:
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))
+
+
+def _measured(index: Index, refs: Sequence[Sequence[LatentRef]], encoder: Encoder, strategy: Strategy) -> Moments:
+    """Collective: the moments of all latents. Raises UserError naming the entries by which they are not finite."""
+    moments = functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)]))
+    if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
+        pairs = [(ref.key, item.path) for item, row in zip(index.items, refs, strict=True) for ref in row]
+        share = pairs[strategy.rank :: strategy.world]
+        faults = (fault for key, of in share if (fault := not_finite(encoder.cache, key, of)))
+        if named := strategy.gather_objects(list(faults)):
+            raise UserError(" ".join(named[:4]))
+    return moments
 
 
 def random_batch(sample: Batch, bucket: Bucket, batch_size: int, generator: torch.Generator) -> Batch:

@@ -26,6 +26,7 @@ from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.console import counted
 from nai_xl.engine.loop import RunSettings
+from nai_xl.engine.nonfinite import Sample, Traced
 from nai_xl.errors import UserError
 from nai_xl.evals.reconstruction import AutoencoderStudio
 from nai_xl.interfaces import Bucketing, Evaluator, Losses, Stateful, Tracker
@@ -104,6 +105,9 @@ class VaeDecoder:
             centre, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
             values = values + self.channel_pull * (centre.square() + (deviation - 1).square()).mean()
         return Losses(values, torch.zeros_like(values))
+
+    def traced(self, data: Pictures, sample: Sample, seed: int) -> Traced:
+        return Traced(str(data.index.items[sample.item].path), "")
 
     def free_groups(self, device: torch.device) -> list[dict[str, Any]]:
         return []

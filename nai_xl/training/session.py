@@ -21,8 +21,9 @@ from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import Pace
 from nai_xl.engine.console import Screen
-from nai_xl.engine.hooks import Evaluate, KeepBest, MarkReported, Profile, Report, Save
+from nai_xl.engine.hooks import Evaluate, KeepBest, MarkReported, Profile, Report, Save, Surroundings
 from nai_xl.engine.loop import Hook, Training, train
+from nai_xl.engine.nonfinite import Guard
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
 from nai_xl.engine.stop import Stop
@@ -34,6 +35,7 @@ from nai_xl.profiler.advice import Setup
 from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.config import write_config
+from nai_xl.record.journal import now, outbox_of
 from nai_xl.record.progress import ProgressRecord
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
@@ -82,7 +84,7 @@ class Session:
             trainable = spec.adapter(network)
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
-            start = self._restored(checkpoints, state)
+            start = self._restored(checkpoints, state, data)
             self._announce(data, tracker, start, steps)
             with self._written() as looks:
                 reached = self._loop(data, state, tracker, checkpoints, looks, start, steps)
@@ -108,16 +110,43 @@ class Session:
                 name = type(action).__name__
                 raise UserError(f"memory: {name} replaces parameters that are trained; leave it out of 'memory=[...]'")
 
-    def _restored(self, checkpoints: Checkpointer, state: State) -> int:
-        """Bind what a checkpoint holds, and go back to the newest: the step at which it was made."""
+    def _restored(self, checkpoints: Checkpointer, state: State, data: TrainingData) -> int:
+        """Bind what a checkpoint holds, and load the newest: the step at which it was made."""
         run, world = self.spec.run, self.strategy.world
         pace = Pace(run.images_per_step(world), run.chunk_size(world))
-        checkpoints.bind(pace=pace, **self.spec.task.stateful(), **state.stateful())
+        parts = {"pace": pace, **self.spec.task.stateful(), **state.stateful()}
+
+        def go_back() -> int:
+            """Everything but the meter, which knows what has been left out, as at the newest checkpoint; its step."""
+            checkpoints.finish()
+            checkpoints.bind(**{name: part for name, part in parts.items() if name != "meter"})
+            step = checkpoints.load_latest()
+            checkpoints.bind(**parts)
+            return step
+
+        state.meter.on_fault = Guard(
+            policy=run.on_nonfinite,
+            limit=run.max_nonfinite,
+            state=state,
+            trace=lambda sample: self.spec.task.traced(data, sample, run.seed),
+            autocast=self.spec.precision.autocast,
+            say=self.screen.say,
+            note=self._note_nonfinite,
+            go_back=go_back,
+        )
+        checkpoints.bind(**parts)
         start = checkpoints.load_latest()
         self.screen.say(*checkpoints.remarks)
         if start == 0 or self.progress.read() is None:
             self.progress.begin(start if checkpoints.unreported is None else 0)
         return start
+
+    def _note_nonfinite(self, **row: Any) -> None:
+        """Keep in the run's record what was left out, once however often the run was continued."""
+        outbox = outbox_of(self.home.path)
+        known = (r for r in outbox.rows() if r["kind"] == "nonfinite")
+        if self.strategy.first and not any(r["steps"] == row["steps"] for r in known):
+            outbox.append(time=now(), kind="nonfinite", **row)
 
     def _loop(
         self,
@@ -139,12 +168,15 @@ class Session:
         save = Save(checkpoints, spec.run.checkpoint_every, saved=start)
         hooks: list[Hook] = [
             Profile(profiler),
+            *spec.hooks,
             save,
             Evaluate(spec.evaluators, studio, strategy, partial(self._interruptible, state)),
             *self._keeping_best(save),
             Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world), compiled),
             MarkReported(self.progress, save),
         ]
+        for hook in spec.hooks:
+            hook.begin(Surroundings(self.home.path, state, tracker, self.screen.say, start, steps))
         unreported = None if self.progress.has_reported(start) else checkpoints.unreported
         batches = profiler.watch(on_device(read, strategy.device))
         parts = Training(state, spec.task.loss, batches, hooks)

@@ -12,7 +12,7 @@ NEEDED = {
     ("data", "folder"): ["data.dir=."],
     ("recipe", "sdxl_nai_v3"): ["model.path=x", "data.dir=."],
 }
-MULTIPLE = ("memory", "evals")
+MULTIPLE = ("memory", "evals", "hooks")
 
 
 def chosen(group: str, option: str) -> list[str]:

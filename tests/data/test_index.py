@@ -215,3 +215,31 @@ def test_fingerprint_follows_pixels_and_captions_and_not_names(tmp_path: Path) -
     (swapped / "b.txt").write_text("one")
     assert fingerprint(swapped) != fingerprint(first)
     assert len(Index([]).fingerprint()) == len(fingerprint(first)) == 16
+
+
+def test_a_caption_of_megabytes_is_skipped_unread_and_named_with_the_override(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "fine.png", caption="x" * 65536)
+    put(tmp_path, "short.png")
+    long = put(tmp_path, "long.png").with_suffix(".txt")
+    long.write_bytes(b"a cat " * ((20 << 20) // 6))
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **how: pytest.fail("read") if path == long else read(path, **how)
+    )
+    assert only(tmp_path) == ("long.png", f"caption file of {long.stat().st_size} bytes; data.max_caption is 65536")
+    assert len(scan(tmp_path, min_side=16, max_caption=65535).skipped) == 2
+
+
+def test_a_picture_above_the_limit_is_named_with_the_override_that_raises_it(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    put(tmp_path, "small.png")
+    huge = put(tmp_path, "huge.png", Image.new("1", (20000, 10001)))  # more than Pillow opens by itself
+    assert only(tmp_path) == ("huge.png", "20000x10001 pixels; data.max_megapixels is 100")
+    assert {item.path.name for item in scan(tmp_path, min_side=16, max_megapixels=201).items} == {
+        "small.png",
+        huge.name,
+    }
+    assert not recwarn

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nai_xl import config
+from nai_xl.config.groups import of_several
 from nai_xl.config.spec import Spec
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
@@ -29,18 +30,18 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_there_is_an_example_for_each_kind_of_addition() -> None:
     groups = [name.split("/")[2] for name in YAMLS]
-    assert groups == ["loss", "loss", "optimizer", "data", "evals", "distributed", "adapter"]
+    assert groups == ["loss", "loss", "optimizer", "data", "evals", "hooks", "distributed", "adapter"]
     assert len(FILES) == 2 * len(YAMLS)
 
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_an_example_is_found_checked_and_built(mine: Path, name: str) -> None:
     group, option = Path(name).parent.name, Path(name).stem
-    choice = f"{group}=[{option}]" if group == "evals" else f"{group}={option}"
+    choice = f"{group}=[{option}]" if group in of_several() else f"{group}={option}"
     where = f"hydra.searchpath=['file://{mine / 'conf'}']"
     cfg = config.compose([where, "plugins=[mine]", choice, *(["data.file=list.csv"] if group == "data" else [])])
     config.check(cfg)
     spec = Spec.of(cfg)
-    assert spec.evals if group == "evals" else (group == "loss" or getattr(spec, group) is not None)
+    assert getattr(spec, group) if group in of_several() else (group == "loss" or getattr(spec, group) is not None)
     described = re.search(r"^# (.+)$", (mine / "conf" / group / f"{option}.yaml").read_text(), re.MULTILINE)
     assert described and re.match("[A-Za-z0-9]", described[1])

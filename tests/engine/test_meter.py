@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nai_xl.engine.checkpoint import LocalCheckpoints
 from nai_xl.engine.meter import Meter, peak_memory_gib
+from nai_xl.engine.nonfinite import Fault
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Losses
 from nai_xl.model.flops import training_flops
@@ -231,7 +232,12 @@ def test_every_rank_gets_its_own_rows_back() -> None:
     for rank in (0, 1):
         back = Meter(1000, gather=alone, rank=rank, world=2)
         back.load_state_dict(saving.state_dict())
-        assert back.rows[0].tolist() == [[1 + rank, 2 + rank], [10 + rank, 20 + rank], [rank, 1 + rank]]
+        assert back.rows[0].tolist() == [
+            [1 + rank, 2 + rank],
+            [10 + rank, 20 + rank],
+            [rank, 1 + rank],
+            [rank, 1 + rank],
+        ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -240,7 +246,7 @@ def test_loss_that_is_not_finite_is_refused_naming_its_images(bad: float) -> Non
     add(meter, [1.0, bad, 2.0], [0, 1, 2], items=[40, 123456789, 42])
     add(meter, [bad, 1.0], [0, 1], items=[17, 43])
     meter.add_grad_norm(torch.tensor(1.0))
-    with pytest.raises(UserError, match=r"number \[17, 123456789\] of the index.*optimizer\.lr"):
+    with pytest.raises(UserError, match=r"number 17 of .*number 123456789 of .*optimizer\.lr"):
         meter.read(lr=1)
 
 
@@ -252,6 +258,65 @@ def test_gradient_that_is_not_finite_is_refused_unless_a_scaler_is_looking_for_i
     meter, _, _, norms = filled(refuse_gradients=False)
     meter.add_grad_norm(torch.tensor(math.inf))
     assert meter.read(lr=1)["train/grad_norm"] == pytest.approx(norms.mean(), rel=1e-6)
+
+
+def test_what_is_left_out_counts_in_no_mean_and_is_found_once() -> None:
+    faults = []
+    meter = Meter(1000, gather=alone, images_per_step=2, on_fault=lambda fault, left_out: faults.append(fault))
+    add(meter, [1.0, math.nan], [10, 20])
+    meter.add_grad_norm(torch.tensor(math.nan), 1)
+    saved = meter.state_dict()
+    assert [fault.steps for fault in faults] == [[1]] and faults[0].samples == [(1, 1, 20.0)]
+    assert all(row.isfinite().all() for row in saved["rows"]) and saved["norms"] == []
+    again = Meter(1000, gather=alone, images_per_step=2, on_fault=meter.on_fault)
+    again.load_state_dict(saved)
+    for found in (meter, again):
+        add(found, [4.0], [600])
+        found.add_grad_norm(torch.tensor(2.0), 2)
+        values = found.read(lr=1)
+        assert (values["train/loss"], values["train/grad_norm"], values["train/skipped_steps"]) == (2.5, 2, 1)
+        assert values["train/loss_band_0_250"] == 1 and values["train/loss_band_500_750"] == 4
+    assert len(faults) == 1
+
+
+def test_a_report_of_steps_that_were_all_left_out_has_no_loss() -> None:
+    meter = Meter(1000, gather=alone, on_fault=lambda fault, left_out: None)
+    add(meter, [math.inf], [3])
+    meter.add_grad_norm(torch.tensor(math.inf), 1)
+    values = meter.read(lr=1)
+    assert "train/loss" not in values and values["train/skipped_steps"] == 1
+
+
+def test_a_scaler_that_never_finds_its_scale_ends_the_run_across_reports_and_restarts() -> None:
+    meter = Meter(1000, gather=alone, refuse_gradients=False)
+    for step in range(1, 60):
+        add(meter, [1.0], [0])
+        meter.add_grad_norm(torch.tensor(1.0 if step == 5 else math.inf), step)
+        if step == 46:  # 41 in a row
+            with pytest.raises(UserError, match="step 46: the gradient is not finite"):
+                meter.read(lr=1)
+            break
+        if step % 10 == 0:
+            meter.read(lr=1)
+        if step == 20:
+            saved, meter = meter.state_dict(), Meter(1000, gather=alone, refuse_gradients=False)
+            meter.load_state_dict(saved)
+    assert step == 46
+
+
+@pytest.mark.parametrize(
+    ("losses", "since"),
+    [
+        ([1.0, 1e5, 1e20], 2),
+        ([1.0, 0.8, 1.2, 0.9] * 10 + [20.0, 400.0], 41),
+        ([1.0, 0.05, 2.0, 0.9] * 10, None),  # noise
+        ([3.0], None),
+        ([-0.5, -0.6, -0.4, -0.55, 40.0, 60.0], 5),  # a learned weighting's
+    ],
+)
+def test_growth_is_dated_from_the_last_usual_loss(losses: list[float], since: int | None) -> None:
+    found = Fault((), [9], dict(enumerate(losses, 1))).growth()
+    assert (found is None) if since is None else f"since step {since}, from" in str(found)
 
 
 def test_losses_are_kept_without_their_graph() -> None:

@@ -109,3 +109,22 @@ def test_exclamation_mark_in_a_caption_is_heard(tiny: Components) -> None:
 def test_no_chunk_at_all_is_refused() -> None:
     with pytest.raises(UserError, match=r"text\.chunks"):
         TextEncoding(chunks=0)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("text", [
+    "a cat, " * 5000,
+    "  led\x1cby \u2003 spaces\n\n" * 400 + " ",
+    "word " * (75 * 3) + "!?" * 300,
+    "x" * 4000,
+    "漢字 " * 400,
+    "short",
+    "",
+], ids=range(7))  # fmt: skip
+def test_a_long_caption_has_the_tokens_of_its_whole_text(tiny: Components, text: str, chunks: int) -> None:
+    for tokenizer in tiny.tokenizers:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        found = tokenize(tokenizer, [text], chunks)[0]
+        for number, piece in enumerate(found.tolist()):
+            expected = ids[75 * number : 75 * (number + 1)]
+            assert piece[1 : 1 + len(expected)] == expected and piece[1 + len(expected)] == tokenizer.eos_token_id

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from PIL import Image
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from nai_xl.data.index import UNREADABLE, Index, Item, Skipped, refuse_empty
 from nai_xl.data.scan_cache import ScanCache
@@ -33,32 +33,48 @@ def _existing(path: Path) -> Path:
 class FolderSource:
     """A folder, searched recursively, of jpg, png and webp images with same-name .txt captions.
 
-    `held_out` is the share of them that is never trained on, for evaluators.
+    `held_out` is the share of them that is never trained on, for evaluators. Images of more than `max_megapixels`
+    million pixels, which take 8 MB of memory for each million while they are read, and those with a caption file of
+    more than `max_caption` bytes are skipped, and listed with the rest.
     """
 
     dir: Annotated[Path, AfterValidator(_existing)]
     min_side: int = 16
     held_out: Share = 0.0
+    max_megapixels: Annotated[float, Field(gt=0)] = 100.0
+    max_caption: Annotated[int, Field(ge=1)] = 65536
 
     def scan(self) -> Index:
-        return scan(self.dir, min_side=self.min_side).hold_out(self.held_out)
+        found = scan(self.dir, min_side=self.min_side, max_megapixels=self.max_megapixels, max_caption=self.max_caption)
+        return found.hold_out(self.held_out)
 
 
-def scan(folder: Path, *, min_side: int) -> Index:
+@dataclass(frozen=True)
+class Limits:
+    """What is skipped: a smaller side in pixels, more million pixels, more bytes of a caption file."""
+
+    min_side: int
+    max_megapixels: float
+    max_caption: int
+
+
+def scan(folder: Path, *, min_side: int, max_megapixels: float = 100.0, max_caption: int = 65536) -> Index:
     """Every image below `folder` with its caption. What an earlier scan read and is unchanged is not opened again.
 
     Raises UserError when nothing usable is there.
     """
+    limits = Limits(min_side, max_megapixels, max_caption)
     files = list(_image_files(folder))
     if not files:
         raise UserError(
             f"data.dir={folder}: no images (jpg, png, webp) in this folder. Set data.dir to a folder of images, each "
             "with a caption in a .txt file of the same name."
         )
+    Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's limit, which nobody can raise, there is max_megapixels
     known = ScanCache.of(folder)
     with ThreadPoolExecutor() as pool:  # in parts: a task each would cost more than looking at an unchanged file
         parts = pool.map(
-            lambda part: [_read_item(file, min_side, known) for file in part],
+            lambda part: [_read_item(file, limits, known) for file in part],
             (files[start : start + PART] for start in range(0, len(files), PART)),
         )
         found = list(chain.from_iterable(parts))
@@ -79,9 +95,11 @@ def _image_files(folder: Path) -> Iterator[str]:
                 yield os.path.join(directory, name)  # noqa: PTH118 - a Path each costs as much as the scan
 
 
-def _read_item(file: str, min_side: int, known: ScanCache) -> Item | Skipped:
+def _read_item(file: str, limits: Limits, known: ScanCache) -> Item | Skipped:
     path, text = Path(file), file[: file.rindex(".")] + ".txt"
     try:
+        if (size := os.stat(text).st_size) > limits.max_caption:  # noqa: PTH116 - a Path costs twice as much
+            return Skipped(path, f"caption file of {size} bytes; data.max_caption is {limits.max_caption}")
         caption = known.facts(text, _caption)
     except FileNotFoundError:
         return Skipped(path, f"no caption file {Path(text).name}")
@@ -93,10 +111,12 @@ def _read_item(file: str, min_side: int, known: ScanCache) -> Item | Skipped:
         width, height, content = known.facts(file, _picture).split()
     except UNREADABLE as error:
         return Skipped(path, f"not a readable image: {one_line(error)}")
-    size = int(width), int(height)
-    if min(size) < min_side:
-        return Skipped(path, f"{width}x{height} pixels; data.min_side is {min_side}")
-    return Item(path, caption, size, content)
+    side = int(width), int(height)
+    if min(side) < limits.min_side:
+        return Skipped(path, f"{width}x{height} pixels; data.min_side is {limits.min_side}")
+    if side[0] * side[1] > limits.max_megapixels * 1e6:
+        return Skipped(path, f"{width}x{height} pixels; data.max_megapixels is {limits.max_megapixels:g}")
+    return Item(path, caption, side, content)
 
 
 def _picture(file: str) -> str:

@@ -184,6 +184,7 @@ class Delivery:
             "figure": self._send_figure,
             "artifact": self._send_artifact,
             "status": self._send_status,
+            "nonfinite": lambda client, row: None,  # train/skipped_steps says as much
         }
         sent = 0
         for end, row in self.outbox.after(self.progress.outbox):
