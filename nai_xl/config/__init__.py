@@ -7,6 +7,7 @@ from nai_xl.config.groups import conf_dir, groups
 from nai_xl.config.identity import arm, declared, flat, left_out, open_ended, run_dir, signature
 from nai_xl.config.legacy import stored_config, upgraded, upgraded_choices
 from nai_xl.config.schema import check
+from nai_xl.config.trust import typed_plugins
 
 __all__ = [
     "SweepOfArms",
@@ -32,6 +33,7 @@ __all__ = [
     "run_dir",
     "signature",
     "stored_config",
+    "typed_plugins",
     "upgraded",
     "upgraded_choices",
 ]

@@ -18,24 +18,22 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
 from pydantic_core import SchemaError
 
 from nai_xl.config.legacy import moved
+from nai_xl.config.trust import refuse_no_optimizer, refuse_stranger
 from nai_xl.errors import UserError, keyed
-
-# a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
-TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
 
 
 def locate(name: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
     """The function or class called `package.module.name`, or so by version 0.1.
 
-    Raises UserError if it is missing or not to be trusted.
+    Raises UserError if it is missing or not to be trusted: config.trust.
     """
-    if not name.startswith(tuple(f"{package}." for package in (*TRUSTED, *plugins))):
-        raise UserError(f"_target_ {name} is outside nai_xl; to allow it set plugins=[{name.split('.')[0]}]")
+    refuse_stranger(moved(name), name, plugins)
     module_name, _, attribute = moved(name).rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"_target_ {name} cannot be loaded: {error}") from error
+    refuse_no_optimizer(found, name, plugins)
     if not callable(found):
         raise UserError(f"_target_ {name} is not callable")
     return found
