@@ -32,7 +32,9 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
     with ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
         home.create()
         session = Session(spec, choices, home, spec.start(), note)
-        index = spec.scan()  # what can be known without the weights has been refused by now
+        index = session.scan()  # what can be known without the weights has been refused by now
+        if index is None:
+            return home.path
         with home.locked() if session.strategy.first else nullcontext():
             session.run(index)
     return home.path

@@ -17,6 +17,7 @@ from torch import Tensor
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Stateful
+from nai_xl.record.pace import Pace
 
 STATE = "state.json"
 
@@ -147,20 +148,15 @@ class ModuleState:
 
 
 @dataclass
-class Pace:
-    """Images a step and a chunk as a Stateful: a run continued at another pace would skip or repeat images."""
+class PaceState:
+    """Images a step and a chunk as a Stateful. wide: images of a micro-batch on all processes."""
 
-    images_per_step: int
-    chunk: int
+    pace: Pace
+    wide: int
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images_per_step": self.images_per_step, "chunk": self.chunk}
+        return self.pace._asdict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError when the run began otherwise."""
-        if state != self.state_dict():
-            raise UserError(
-                f"this run began with {state['images_per_step']} images a step in chunks of {state['chunk']}, now it "
-                f"would have {self.images_per_step} in chunks of {self.chunk}. Start it on as many processes as before "
-                "or set name=NAME to begin a new run."
-            )
+        self.pace.refuse_other(Pace(**state), self.wide)

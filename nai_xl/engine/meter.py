@@ -176,7 +176,10 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clear()
-        for row in state["rows"]:
+        rows = state["rows"]
+        if any(row.shape[0] % self.world for row in rows):  # of another number of processes
+            rows = [torch.cat(rows)]
+        for row in rows:
             per_rank = row.shape[0] // self.world
             self.rows.append(row[self.rank * per_rank : (self.rank + 1) * per_rank].T)
         self.norms = state["norms"]

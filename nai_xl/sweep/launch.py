@@ -65,7 +65,8 @@ class Sweep:
         failure = UserError(f"{missing} of {len(members)} arms failed; the same command again trains only those")
         if settings.in_rounds and missing:
             raise failure  # it may be of a seed that Hydra has not composed
-        return [outcome(members.get(path_of(one)), failure) for one in composed]
+        gpus = len(visible_gpus())
+        return [outcome(members.get(path_of(one, settings, gpus)), failure) for one in composed]
 
     def _train(self, master: DictConfig, composed: Sequence[DictConfig], settings: SweepSettings) -> list[Member]:
         """Train these arms, except the finished ones, and return them."""

@@ -14,7 +14,7 @@ from nai_xl.config.spec import Spec
 from nai_xl.data.index import Index
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
-from nai_xl.engine.checkpoint import Pace
+from nai_xl.engine.checkpoint import PaceState
 from nai_xl.engine.console import Screen
 from nai_xl.engine.hooks import Evaluate, Profile, Report, Save
 from nai_xl.engine.loop import Stop, Training, train
@@ -25,8 +25,10 @@ from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compile import uncompiled
 from nai_xl.profiler.advice import Setup
 from nai_xl.profiler.profiler import NoProfiler, Profiler
-from nai_xl.record.arm import ArmRecord
+from nai_xl.record.arm import ArmRecord, arm_so_far
 from nai_xl.record.config import write_config
+from nai_xl.record.metrics import lost_rows
+from nai_xl.record.pace import Pace, pace_of
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
@@ -48,20 +50,29 @@ class Session:
     note: ArmRecord
     screen: Screen = field(init=False)
 
+    pace: PaceState = field(init=False)
+
     def __post_init__(self) -> None:
+        run, world = self.spec.run, self.strategy.world
         self.screen = Screen(silent=not self.strategy.first)
+        self.pace = PaceState(Pace(run.images_per_step(world), run.chunk_size(world)), run.batch_size * world)
 
     def run(self, index: Index) -> None:
         """Train, or continue, or say that there is nothing left to do. The caller holds the run's lock."""
         spec, strategy, home = self.spec, self.strategy, self.home
         steps = spec.run.steps(len(index.items), strategy.world)
+        self.pace.pace.refuse_other(pace_of(home.path), self.pace.wide)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
-        if checkpoints.latest_step() >= steps and home.pipeline.is_dir():
-            self._say_finished(checkpoints.latest_step(), steps)
+        done = checkpoints.latest_step()
+        if done >= steps and home.pipeline.is_dir():
+            self._say_finished(done, steps)
             return
+        self._refuse_shorter(done, steps)
+        continued = home.config.is_file()
         if strategy.first:
             self.note.begin()
-            write_config(home.path, spec.cfg)
+            if not continued:
+                write_config(home.path, spec.cfg)
         network = spec.task.load(spec.model)
         data = spec.task.prepare(index, spec.cache, strategy, home)
         if strategy.first:
@@ -71,6 +82,9 @@ class Session:
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state)
+            if strategy.first and continued:  # not before: what is refused leaves the record as it was
+                self.screen.say(*lost_rows(home.path, start, spec.run.log_every))
+                write_config(home.path, spec.cfg)
             self._announce(data, tracker, start, steps)
             if self._loop(data, state, tracker, checkpoints, stop, start, steps) < steps:
                 raise Stopped
@@ -81,6 +95,29 @@ class Session:
                     tracker.artifact(grid)
             strategy.wait()
         self._say_where(tracker.where())
+
+    def scan(self) -> Index | None:
+        """The images; None, with a word, for a finished run whose images are not there any more."""
+        try:
+            return self.spec.scan()
+        except UserError:
+            found, run = arm_so_far(self.home.path), self.spec.run
+            finished = found and found.finished(max_images=run.max_images, epochs=run.epochs)
+            if not found or not finished or not self.home.pipeline.is_dir():
+                raise
+            self._say_finished(found.steps, found.steps)
+            return None
+
+    def _refuse_shorter(self, done: int, steps: int) -> None:
+        """Raises UserError for a run that is to be shorter than it is already."""
+        if done > steps:
+            run = self.spec.run
+            asked = f"run.epochs={run.epochs}" if run.max_images is None else f"run.max_images={run.max_images}"
+            raise UserError(
+                f"{asked} is {steps} steps, and this run has {done} already; give at least the "
+                f"{done * self.pace.pace.images_per_step} images that it has seen to continue it, or name=NAME for a "
+                "shorter run"
+            )
 
     def _act_on(self, trainable: Trainable) -> None:
         """Apply the memory actions. Raises UserError for one that replaces what is trained."""
@@ -93,9 +130,7 @@ class Session:
 
     def _restored(self, checkpoints: Checkpointer, state: State) -> int:
         """Bind what a checkpoint holds, and go back to the newest: the step at which it was made."""
-        run, world = self.spec.run, self.strategy.world
-        pace = Pace(run.images_per_step(world), run.chunk_size(world))
-        checkpoints.bind(pace=pace, **self.spec.task.stateful(), **state.stateful())
+        checkpoints.bind(pace=self.pace, **self.spec.task.stateful(), **state.stateful())
         return checkpoints.load_latest()
 
     def _loop(
@@ -122,10 +157,13 @@ class Session:
             Report(tracker, self.note, self.screen, spec.run.images_per_step(strategy.world)),
         ]
         batches = profiler.watch(on_device(read, strategy.device))
-        with profiler:
-            reached = train(
-                spec.run, Training(state, spec.task.loss, batches, hooks), start=start, steps=steps, stop=stop
-            )
+        try:
+            with profiler:
+                reached = train(
+                    spec.run, Training(state, spec.task.loss, batches, hooks), start=start, steps=steps, stop=stop
+                )
+        finally:
+            self.screen.end()  # an error gets a line of its own
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
         return reached
@@ -179,8 +217,10 @@ class Session:
         """The table, the remarks and the figure that a run begins with."""
         task, run, world = self.spec.task, self.spec.run, self.strategy.world
         per_step = f"{run.batch_size} x {run.grad_accum} x {world} = {run.images_per_step(world)}"
+        store = config.member(self.spec.cfg.tracker, "described", tuple(self.spec.cfg.plugins))
         rows = {
             **self.choices,
+            **({"tracker": f"{self.choices.get('tracker', '')}: {store()}"} if store else {}),
             **data.described(),
             **task.described(),
             "images/step": f"{per_step} (batch_size x grad_accum x processes)",
@@ -189,11 +229,23 @@ class Session:
         }
         self.screen.table("nai_xl", rows)
         self.screen.say(*task.remarks())
+        if start == 0 and self.strategy.first and not self.spec.cfg.sweep.name:
+            self._say_kin(run.batch_size * world)
         if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
             tracker.figure("method", 0, figure)
 
+    def _say_kin(self, wide: int) -> None:
+        """That an unfinished run is the same but for its pace: most likely, another number of processes trained it."""
+        for path, pace in config.unfinished_kin(self.spec.cfg, self.home.path).items():
+            accum, rest = divmod(pace.images_per_step, wide)
+            how = "" if rest or not accum else f"; run.grad_accum={accum} run.chunk={pace.chunk} continues that one"
+            self.screen.say(
+                f"{path} is the same run with {pace.images_per_step} images a step in chunks of {pace.chunk}; this one "
+                f"begins anew with {self.pace.pace.images_per_step} in chunks of {self.pace.pace.chunk}{how}"
+            )
+
     def _say_finished(self, done: int, steps: int) -> None:
-        self.note.reached(done, self.spec.run.images_per_step(self.strategy.world))
+        self.note.seen_finished(done, self.pace.pace.images_per_step)
         more = f", more than the {steps} asked for; name=NAME begins a shorter one" if done > steps else ""
         longer = "continues it" if config.open_ended(self.spec.cfg) else "with this lr is another run"
         self.screen.say(f"finished: this run has {done} steps{more}; a larger run.max_images {longer}")

@@ -22,7 +22,7 @@ YAMLS = {
     "a plug-in of its own": f"plugins: [{HERE}]\nloss: {{_target_: {HERE}.called}}",
     "a callback": f"hydra: {{callbacks: {{mine: {{_target_: {HERE}.called}}}}}}",
     "a callback by another name": f"name: {HERE}.called\nhydra: {{callbacks: {{mine: {{_target_: '${{name}}'}}}}}}",
-    "a handler": f"hydra: {{job_logging: {{version: 1, root: {{handlers: [a]}}, handlers: {{a: {{'()': {HERE}.called}}}}}}}}",
+    "a handler": f"hydra: {{job_logging: {{version: 1, handlers: {{a: {{'()': {HERE}.called}}}}}}}}",
     "a stream": f"hydra: {{hydra_logging: {{version: 1, handlers: {{a: {{stream: 'ext://{HERE}.called'}}}}}}}}",
     "an arm": f"sweep: {{arms: [{{plugins: '[{HERE}]', loss._target_: {HERE}.called}}]}}",
     "a swept key": f"hydra: {{sweeper: {{params: {{plugins: '[{HERE}]'}}}}}}",
