@@ -24,6 +24,7 @@ from nai_xl.config.grid import compose, further
 from nai_xl.config.groups import chosen, conf_dir, groups, options, settings
 from nai_xl.config.schema import check, did_you_mean
 from nai_xl.errors import UserError, one_line
+from nai_xl.redact import redacted
 
 Job = Callable[[DictConfig, dict[str, str]], float | None]  # config, group -> choice; what a search minimises
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
@@ -101,7 +102,7 @@ def mistakes_told() -> Iterator[None]:
 
 def _tell(error: Exception) -> None:
     for line in filter(str.strip, _told(error).splitlines()):
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {redacted(line)}", file=sys.stderr)
 
 
 def _told(error: Exception) -> str:

@@ -29,6 +29,7 @@ from nai_xl.config.pace import as_one_process, misplaced, pace_in, world_size
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Arm, read_arm
 from nai_xl.record.pace import Pace, pace_of
+from nai_xl.redact import environment_unread, without_secrets
 
 NAMES = ("name", "output_dir", "plugins")  # the settings without a target: where a run lies and where code is found
 LENGTH = ("max_images", "epochs")  # of `run`
@@ -286,12 +287,13 @@ def arm(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
 def _chosen(cfg: DictConfig, key: str, given: str) -> Any:
     """A setting's value with its type, or the name of a group's option as it was given."""
     value = OmegaConf.select(cfg, key) if re.fullmatch(r"[\w.]+", key) else None
-    return given if value is None or isinstance(value, DictConfig) else plain(value)
+    return without_secrets(given if value is None or isinstance(value, DictConfig) else plain(value), key)
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
     """'optimizer.lr' -> 1e-3, for every leaf but `_target_` and its like, and those that repeat a setting of the run
-    (model.seed: ${run.seed}): in a comparison of runs they would stand beside what was varied as if varied, too.
+    (model.seed: ${run.seed}): in a comparison of runs they would stand beside what was varied as if varied, too. It is
+    for the record: *** stands for secrets, and a variable of the environment keeps its name.
     """
 
     def leaves(node: Any, written: Any, at: str) -> Iterator[tuple[str, Any]]:
@@ -303,4 +305,6 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
         elif not (isinstance(written, str) and re.fullmatch(r"\$\{run\.\w+\}", written)):
             yield at, node
 
-    return dict(leaves(OmegaConf.to_container(cfg, resolve=True), OmegaConf.to_container(cfg, resolve=False), ""))
+    with environment_unread():
+        resolved = without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    return dict(leaves(resolved, OmegaConf.to_container(cfg, resolve=False), ""))
