@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -103,7 +104,14 @@ def holds_target(value: Any) -> bool:
 def coerced(target: Callable[..., Any], name: str, value: Any) -> Any:
     """`value` as the type that the target's annotation asks for. Raises pydantic's ValidationError."""
     adapter = _adapter(target, name)
-    return adapter.validate_python(value) if adapter else value
+    return _home_expanded(adapter.validate_python(value)) if adapter else value
+
+
+def _home_expanded(value: Any) -> Any:
+    """Paths with the home directory for ~, which a shell leaves in quotes."""
+    if isinstance(value, list | tuple) and any(isinstance(item, Path) for item in value):
+        return type(value)(map(_home_expanded, value))
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 @functools.cache

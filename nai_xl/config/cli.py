@@ -23,6 +23,7 @@ from nai_xl.config.build import locate
 from nai_xl.config.grid import compose, further
 from nai_xl.config.groups import chosen, conf_dir, groups, options, settings
 from nai_xl.config.schema import check, did_you_mean
+from nai_xl.config.streams import lasting, tell_unexpected
 from nai_xl.errors import UserError, one_line
 from nai_xl.redact import redacted
 
@@ -39,21 +40,28 @@ class SweepOfArms(Protocol):
     def tell(self) -> None: ...
 
 
-def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None = None) -> Callable[[], None]:
+def entry_point(
+    job: Job,
+    config_name: str = "train",
+    sweep: SweepOfArms | None = None,
+    needless: Callable[[DictConfig, dict[str, str], UserError], bool] | None = None,
+) -> Callable[[], None]:
     """`job` as a command line program: Hydra composes, `check` refuses mistakes with one message and exit status 1.
 
     `sweep` trains the arms of a --multirun, unless hydra/launcher names another launcher. Without --multirun, this
-    process runs `job` itself.
+    process runs `job` itself. `needless` may find, and say, that a mistake does not matter: there is nothing to do.
     """
 
     failed: list[UserError] = []
 
     def run(cfg: DictConfig) -> float | None:
+        choices = chosen(cfg, HydraConfig.get())
         try:
-            choices = chosen(cfg, HydraConfig.get())
             check(cfg, choices=choices)
             return job(cfg, choices)
         except UserError as error:
+            if needless and needless(cfg, choices, error):
+                return None
             several = int(os.environ.get("WORLD_SIZE", "1")) > 1
             if HydraConfig.get().mode == RunMode.MULTIRUN and not several:
                 raise  # Hydra's launcher goes on with the other arms, and raises it in the end
@@ -71,6 +79,8 @@ def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None 
         decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(run)
         mistake: Exception | None = None
         interrupted = False
+        sys.excepthook = tell_unexpected
+        sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
         try:
             sys.argv[1:] = legacy_commands.understood(sys.argv[1:])  # where Hydra reads it
             decorated()

@@ -54,10 +54,7 @@ class Board:
     def watch(self, running: Sequence[tuple[str, float, Path, int]]) -> None:
         """Show the arms under way: name, seconds, log, the log's length when they began."""
         if self.live:
-            lines = [
-                f"{spent(seconds)}  {name}  {progress(tail(log, since))}"
-                for name, seconds, log, since in running
-            ]
+            lines = [f"{spent(seconds)}  {name}  {progress(tail(log, since))}" for name, seconds, log, since in running]
             self.live.update(Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines)), refresh=True)
 
 

@@ -25,7 +25,7 @@ from nai_xl.interfaces import Checkpointer, Tracker
 from nai_xl.memory.compile import uncompiled
 from nai_xl.profiler.advice import Setup
 from nai_xl.profiler.profiler import NoProfiler, Profiler
-from nai_xl.record.arm import ArmRecord, arm_so_far
+from nai_xl.record.arm import ArmRecord
 from nai_xl.record.config import write_config
 from nai_xl.record.metrics import lost_rows
 from nai_xl.record.pace import Pace, pace_of
@@ -95,18 +95,6 @@ class Session:
                     tracker.artifact(grid)
             strategy.wait()
         self._say_where(tracker.where())
-
-    def scan(self) -> Index | None:
-        """The images; None, with a word, for a finished run whose images are not there any more."""
-        try:
-            return self.spec.scan()
-        except UserError:
-            found, run = arm_so_far(self.home.path), self.spec.run
-            finished = found and found.finished(max_images=run.max_images, epochs=run.epochs)
-            if not found or not finished or not self.home.pipeline.is_dir():
-                raise
-            self._say_finished(found.steps, found.steps)
-            return None
 
     def _refuse_shorter(self, done: int, steps: int) -> None:
         """Raises UserError for a run that is to be shorter than it is already."""
