@@ -82,6 +82,7 @@ def entry_point(
         sys.excepthook = tell_unexpected
         sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
         try:
+            refuse_bytes(sys.argv[1:])
             sys.argv[1:] = legacy_commands.understood(sys.argv[1:])  # where Hydra reads it
             decorated()
         except MISTAKES as error:
@@ -96,6 +97,14 @@ def entry_point(
             sys.exit(130 if interrupted else 1)
 
     return main
+
+
+def refuse_bytes(arguments: Sequence[str]) -> None:
+    """Raises UserError for a word that is no UTF-8: it could not be written into the run's config."""
+    for word in arguments:
+        if re.search(r"[\ud800-\udfff]", word):
+            shown = word.encode(errors="backslashreplace").decode()
+            raise UserError(f"{shown}: not UTF-8, so no config can hold it; rename what it names")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from nai_xl.errors import UserError, with_kind
-from nai_xl.record.json_file import Damaged, read_json, write_json
+from nai_xl.record.json_file import Damaged, keep_aside, read_json, write_json
 from nai_xl.record.run_dir import RunDirectory
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
@@ -76,11 +77,17 @@ def read_arm(run_dir: Path) -> Arm | None:
 
 
 def arm_so_far(run_dir: Path) -> Arm | None:
-    """read_arm for whoever is about to write the file: a damaged one counts as missing, since it is replaced."""
+    """read_arm for whoever is about to write the file: a damaged one counts as missing, and is kept aside."""
     try:
         return read_arm(run_dir)
     except Damaged:
+        _keep_aside(RunDirectory(run_dir).arm)
         return None
+
+
+@functools.cache  # it is read several times before it is replaced
+def _keep_aside(path: Path) -> None:
+    keep_aside(path, "it is made anew without the time and steps so far")
 
 
 def write_arm(run_dir: Path, arm: Arm) -> None:

@@ -78,6 +78,8 @@ class Sweep:
         refuse_shared(members)
         distinct = list({member.path: member for member in members}.values())
         self.members += distinct
+        for member in [member for member in distinct if member.status == "not started"][:1]:
+            member.record.home.create()  # output_dir is the same mistake for all
         if any(member.status == "not started" for member in distinct):
             lines = self.tracker.begin(
                 str(settings.name),

@@ -26,6 +26,7 @@ from PIL import Image
 from nai_xl.files import write_atomically
 from nai_xl.record.config import read_params
 from nai_xl.record.journal import metrics_of, outbox_of
+from nai_xl.record.json_file import keep_aside
 from nai_xl.redact import redacted
 from nai_xl.tracker.mlflow.store import open_store
 from nai_xl.tracker.mlflow.words import VALUE_LENGTH, arm_tags, metrics_in, valid_name
@@ -75,6 +76,8 @@ class Delivery:
         self.client: MlflowClient | None = None
         with self._locked():
             known = Progress.read(run_dir)
+            if known is None:
+                keep_aside(run_dir / "mlflow.json", "all of the record is sent again, to a new run of MLflow")
             if known is None or (redacted(known.uri), known.experiment) != (redacted(uri), experiment):
                 known = Progress(redacted(uri), experiment, known.token if known else uuid.uuid4().hex)
                 known.write(run_dir)
