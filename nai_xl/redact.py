@@ -45,8 +45,8 @@ def environment_unread() -> Iterator[None]:
     """Inside the block ${oc.env:NAME} resolves to itself: what is recorded names the variable and not its value."""
     from omegaconf.resolvers import oc
 
-    def itself(*arguments: str | None) -> str:
-        return f"${{oc.env:{','.join('null' if one is None else one for one in arguments)}}}"
+    def itself(*arguments: Any) -> str:
+        return f"${{oc.env:{','.join('null' if one is None else str(one) for one in arguments)}}}"
 
     OmegaConf.register_new_resolver("oc.env", itself, replace=True)
     try:
