@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nai_xl.errors import UserError, one_line
+from nai_xl.errors import one_line
 from nai_xl.tracker.mlflow.delivery import runs_in, send
 from nai_xl.tracker.mlflow.store import failures
 
@@ -31,7 +31,7 @@ def main() -> None:
     for run_dir in [*given.run_dirs, *found]:
         try:
             print(f"{run_dir}: {send(run_dir, given.uri, given.experiment) or 'no'} rows sent")
-        except (UserError, *failures()) as error:
+        except failures() as error:
             failed = True
             print(f"error: {run_dir}: {one_line(error)[:300]}", file=sys.stderr)
     if failed:

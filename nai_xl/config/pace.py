@@ -27,7 +27,7 @@ def pace_in(run: Mapping[str, Any], world: int) -> Pace | None:
     batch, accum, chunk = run.get("batch_size"), run.get("grad_accum", 1), run.get("chunk") or 0
     if not all(type(value) is int for value in (batch, accum, chunk)) or not (batch and accum):
         return None
-    return Pace(batch * accum * world, chunk or batch * world)  # type: ignore[operator]
+    return Pace(batch * accum * world, chunk or batch * world)
 
 
 def as_one_process(run: Mapping[str, Any], pace: Pace | None) -> dict[str, Any]:

@@ -67,19 +67,20 @@ def with_login(uri: str) -> str:
 def failures() -> tuple[type[Exception], ...]:
     """What MLflow raises when a store fails: its own errors, and those of the libraries below it that it lets through.
 
-    IndexError, KeyError: of a store whose tables lack rows that MLflow takes for granted.
+    IndexError, KeyError: of a store whose tables lack rows that MLflow takes for granted. UserError: of an address
+    without its login.
     """
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, CommandError, OSError, IndexError, KeyError
+    return MlflowException, SQLAlchemyError, CommandError, OSError, IndexError, KeyError, UserError
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client of the store, and the id of `experiment`, which is created if missing.
 
-    Raises one of `failures` when the store does not answer, and UserError for an address without its login.
+    Raises one of `failures` when the store does not answer.
     """
     # without this location, MLflow would look for artifacts in the working directory of whoever reads them
     location = (_database(uri).parent / "mlruns").as_uri() if uri.startswith(SQLITE) else None

@@ -78,10 +78,10 @@ class MlflowSweep(SweepTracker):
                 last = self._sent(run_dir) or last
             except Damaged as error:
                 damaged.append(f"error: {error}")
-            except (UserError, *failures()):
+            except failures():
                 unsent.append(str(run_dir))
         if last:
-            with suppress(UserError, *failures()):  # the view's looks are not worth an error
+            with suppress(*failures()):  # the view's looks are not worth an error
                 _fit_view(last, run_dirs)
         lines = [*compare_line(run_dirs), *damaged]
         if unsent:

@@ -125,7 +125,7 @@ class Sender(threading.Thread):
     def run(self) -> None:
         try:
             self.delivery.open()
-        except (UserError, *failures()) as error:
+        except failures() as error:
             self.error = error
         self.tried.set()
         while not self.ending.is_set():
