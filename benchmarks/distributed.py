@@ -27,7 +27,8 @@ from common import Row, command, random_data, shapes, training, write
 
 from nai_xl.data.cache import DiskCache
 from nai_xl.engine.hooks import NoHook
-from nai_xl.engine.loop import Stop, train
+from nai_xl.engine.loop import train
+from nai_xl.engine.stop import Stop
 from nai_xl.errors import UserError
 from nai_xl.memory import process_wide
 from nai_xl.model.tiny import tiny_sdxl

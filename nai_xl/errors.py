@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nai_xl.redact import redacted
+
 
 class UserError(Exception):
     """Bad input. Its message names the file or the override to change. Entry points print it without a traceback and
@@ -69,8 +71,8 @@ LONGEST = 2000  # characters of a message; a compiler's can have hundreds of tho
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks, or its name when it has none."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    """An exception's message without line breaks and secrets, or its name when it has none."""
+    words = redacted(" ".join(str(error).split())) or type(error).__name__
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
 
 

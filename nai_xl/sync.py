@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nai_xl.errors import UserError, one_line
+from nai_xl.errors import one_line
 from nai_xl.tracker.mlflow.delivery import runs_in, send
+from nai_xl.tracker.mlflow.store import failures
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,15 +25,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    from mlflow.exceptions import MlflowException
-
     given = arguments(sys.argv[1:])
     found = runs_in(given.all, meant_for_mlflow=not given.uri) if given.all else []
     failed = False
     for run_dir in [*given.run_dirs, *found]:
         try:
             print(f"{run_dir}: {send(run_dir, given.uri, given.experiment) or 'no'} rows sent")
-        except (MlflowException, OSError, UserError) as error:
+        except failures() as error:
             failed = True
             print(f"error: {run_dir}: {one_line(error)[:300]}", file=sys.stderr)
     if failed:

@@ -12,10 +12,12 @@ from omegaconf import DictConfig
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
+from nai_xl.engine.console import Screen
 from nai_xl.engine.stop import Stop
+from nai_xl.errors import UserError
 from nai_xl.memory import process_wide
 from nai_xl.model.quiet import quiet_libraries
-from nai_xl.record.arm import ArmRecord
+from nai_xl.record.arm import ArmRecord, arm_so_far
 from nai_xl.record.metrics import objective
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.launch import Sweep
@@ -52,7 +54,22 @@ def main_job(cfg: DictConfig, choices: dict[str, str]) -> float | None:
     return objective(home)
 
 
-main = config.entry_point(main_job, sweep=Sweep("nai_xl.train"))
+def needless(cfg: DictConfig, choices: dict[str, str], error: UserError) -> bool:
+    """Whether the error is about the images of a run that is finished, and needs them no more. Says so."""
+    home = RunDirectory(config.run_dir(cfg, choices))
+    found = arm_so_far(home.path)
+    of_data = all(line.startswith(("data:", "data.")) for line in str(error).splitlines())
+    if not of_data or found is None or not home.pipeline.is_dir():
+        return False
+    if finished := found.finished(max_images=cfg.run.max_images, epochs=cfg.run.epochs):
+        Screen(silent=False).say(
+            f"finished: this run has {found.steps} steps; its images are not there any more ({error})",
+            f"pipeline     {home.pipeline}",
+        )
+    return finished
+
+
+main = config.entry_point(main_job, sweep=Sweep("nai_xl.train"), needless=needless)
 
 if __name__ == "__main__":
     main()

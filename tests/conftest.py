@@ -28,6 +28,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
+def no_store_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlflow.set_tracking_uri, as a test may call it, sets this variable for all that follows in the process."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled blocks run torch's traced graphs as they are: making kernels of them takes a minute and a compiler."""
     monkeypatch.setattr("nai_xl.memory.compile.BACKEND", "aot_eager")

@@ -65,7 +65,27 @@ class ArmsLauncher(BasicLauncher):
 
 
 class ArmsSweeper(BasicSweeper):
-    """Hydra's own sweeper. Where sweep.arms lists arms one by one, each of them with every combination of the rest."""
+    """Hydra's own sweeper. Where sweep.arms lists arms one by one, each of them with every combination of the rest.
+
+    Each arm has its config in its run directory; that of the sweep is not written, since it can hold a password.
+    """
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        self.overrides = self.split_arguments(overrides, self.max_batch_size)
+        returns: list[Sequence[JobReturn]] = []
+        begun = 0
+        while not self.is_done():
+            batch = self.get_job_batch()
+            self.validate_batch_is_legal(batch)
+            results = self.launcher.launch(batch, initial_job_idx=begun)
+            for result in results:
+                _ = result.return_value  # raises what the job has raised
+            begun += len(batch)
+            returns.append(results)
+        return returns
 
     def split_arguments(  # type: ignore[override]  # static in Hydra, which calls it on the object
         self, overrides: Sequence[Override], max_batch_size: int | None

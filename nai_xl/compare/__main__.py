@@ -2,7 +2,8 @@
 
 Pairs the arms over seeds and evaluation items, prints a table and writes <output_dir>/compare-<name>/ with report.html,
 results.csv, results.json and the figures. Further: output_dir=, baseline=key=value,..., metrics=a,b, equivalence=2%
-(the largest difference that nobody minds), detect=1% (how many seeds that takes), uri= (with runs=).
+(the largest difference that nobody minds), detect=1% (how many seeds that takes), uri= (with runs=), plugins=[mine]
+(packages of yours whose evaluators the runs have).
 """
 
 from __future__ import annotations

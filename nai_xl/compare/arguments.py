@@ -11,7 +11,7 @@ from nai_xl.compare.judging.verdicts import parse_margin
 from nai_xl.errors import UserError, keyed
 
 SOURCES = ("experiment", "sweep", "runs")
-SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "equivalence", "detect", "uri")
+SETTINGS = (*SOURCES, "output_dir", "baseline", "metrics", "equivalence", "detect", "uri", "plugins")
 SIZES = ("equivalence", "detect")
 
 

@@ -20,7 +20,7 @@ from nai_xl.compare.statistics.spending import plan_of
 from nai_xl.errors import UserError
 from nai_xl.record.config import read_config, read_params
 from nai_xl.tracker.mlflow.delivery import Progress
-from nai_xl.tracker.mlflow.store import default_uri
+from nai_xl.tracker.mlflow.store import chosen_uri
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _in_directories(paths: Sequence[Path], output_dir: str | None) -> Selection:
 
 def _in_mlflow(request: Request, output_dir: Path) -> Selection:
     """Runs by an MLflow filter: read from their directory if it is here, else from MLflow's own history."""
-    uri = request.settings.get("uri") or default_uri()
+    uri = chosen_uri(request.settings.get("uri"))
     client, everything = search_mlflow(uri, request.settings["runs"])
     selected = [one for one in everything if "sweep_summary" not in one.data.tags]
     sent = {path.parent: Progress.read(path.parent) for path in output_dir.glob("*/mlflow.json")}

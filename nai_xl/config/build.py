@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -18,24 +19,22 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
 from pydantic_core import SchemaError
 
 from nai_xl.config.legacy import moved
+from nai_xl.config.trust import refuse_no_optimizer, refuse_stranger
 from nai_xl.errors import UserError, keyed
-
-# a yaml from a stranger can name any callable: only these packages, and what the user lists in `plugins`, are called
-TRUSTED = ("nai_xl", "torch.optim", "torchao.optim", "bitsandbytes.optim")
 
 
 def locate(name: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
     """The function or class called `package.module.name`, or so by version 0.1.
 
-    Raises UserError if it is missing or not to be trusted.
+    Raises UserError if it is missing or not to be trusted: config.trust.
     """
-    if not name.startswith(tuple(f"{package}." for package in (*TRUSTED, *plugins))):
-        raise UserError(f"_target_ {name} is outside nai_xl; to allow it set plugins=[{name.split('.')[0]}]")
+    refuse_stranger(moved(name), name, plugins)
     module_name, _, attribute = moved(name).rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"_target_ {name} cannot be loaded: {error}") from error
+    refuse_no_optimizer(found, name, plugins)
     if not callable(found):
         raise UserError(f"_target_ {name} is not callable")
     return found
@@ -105,7 +104,14 @@ def holds_target(value: Any) -> bool:
 def coerced(target: Callable[..., Any], name: str, value: Any) -> Any:
     """`value` as the type that the target's annotation asks for. Raises pydantic's ValidationError."""
     adapter = _adapter(target, name)
-    return adapter.validate_python(value) if adapter else value
+    return _home_expanded(adapter.validate_python(value)) if adapter else value
+
+
+def _home_expanded(value: Any) -> Any:
+    """Paths with the home directory for ~, which a shell leaves in quotes."""
+    if isinstance(value, list | tuple) and any(isinstance(item, Path) for item in value):
+        return type(value)(map(_home_expanded, value))
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 @functools.cache

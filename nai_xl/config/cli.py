@@ -24,8 +24,10 @@ from nai_xl.config.build import locate
 from nai_xl.config.grid import compose, further
 from nai_xl.config.groups import chosen, conf_dir, groups, options, settings
 from nai_xl.config.schema import check, did_you_mean
+from nai_xl.config.streams import lasting, tell_unexpected
 from nai_xl.distributed import launch
 from nai_xl.errors import STOPPED_STATUS, Stopped, UserError, one_line
+from nai_xl.redact import redacted
 
 Job = Callable[[DictConfig, dict[str, str]], float | None]  # config, group -> choice; what a search minimises
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
@@ -40,21 +42,28 @@ class SweepOfArms(Protocol):
     def tell(self) -> None: ...
 
 
-def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None = None) -> Callable[[], None]:
+def entry_point(
+    job: Job,
+    config_name: str = "train",
+    sweep: SweepOfArms | None = None,
+    needless: Callable[[DictConfig, dict[str, str], UserError], bool] | None = None,
+) -> Callable[[], None]:
     """`job` as a command line program: Hydra composes, `check` refuses mistakes with one message and exit status 1.
 
     `sweep` trains the arms of a --multirun, unless hydra/launcher names another launcher. Without --multirun, this
-    process runs `job` itself.
+    process runs `job` itself. `needless` may find, and say, that a mistake does not matter: there is nothing to do.
     """
 
     failed: list[UserError] = []
 
     def run(cfg: DictConfig) -> float | None:
+        choices = chosen(cfg, HydraConfig.get())
         try:
-            choices = chosen(cfg, HydraConfig.get())
             check(cfg, choices=choices)
             return job(cfg, choices)
         except UserError as error:
+            if needless and needless(cfg, choices, error):
+                return None
             several = launch.several()
             if HydraConfig.get().mode == RunMode.MULTIRUN and not several:
                 raise  # Hydra's launcher goes on with the other arms, and raises it in the end
@@ -72,7 +81,10 @@ def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None 
         decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(run)
         mistake: Exception | None = None
         status = 0
+        sys.excepthook = tell_unexpected
+        sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
         try:
+            refuse_bytes(sys.argv[1:])
             sys.argv[1:] = legacy_commands.understood(sys.argv[1:])  # where Hydra reads it
             decorated()
         except MISTAKES as error:
@@ -87,6 +99,14 @@ def entry_point(job: Job, config_name: str = "train", sweep: SweepOfArms | None 
             sys.exit(status or 1)
 
     return main
+
+
+def refuse_bytes(arguments: Sequence[str]) -> None:
+    """Raises UserError for a word that is no UTF-8: it could not be written into the run's config."""
+    for word in arguments:
+        if re.search(r"[\ud800-\udfff]", word):
+            shown = word.encode(errors="backslashreplace").decode()
+            raise UserError(f"{shown}: not UTF-8, so no config can hold it; rename what it names")
 
 
 @contextmanager
@@ -112,7 +132,7 @@ def _status(stopped: KeyboardInterrupt) -> int:
 
 def _tell(error: Exception) -> None:
     for line in filter(str.strip, _told(error).splitlines()):
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {redacted(line)}", file=sys.stderr)
 
 
 def _told(error: Exception) -> str:

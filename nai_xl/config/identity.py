@@ -25,23 +25,37 @@ from pydantic import ValidationError
 from nai_xl.config import legacy
 from nai_xl.config.build import coerced, holds_target, locate, plain
 from nai_xl.config.groups import conf_dir, of_several
+from nai_xl.config.pace import as_one_process, misplaced, pace_in, world_size
 from nai_xl.errors import UserError
-from nai_xl.record.arm import read_arm
+from nai_xl.record.arm import Arm, read_arm
+from nai_xl.record.pace import Pace, pace_of
+from nai_xl.redact import environment_unread, without_secrets
 
 NAMES = ("name", "output_dir", "plugins")  # the settings without a target: where a run lies and where code is found
 LENGTH = ("max_images", "epochs")  # of `run`
+LONGEST_NAME = 200  # bytes of a folder's name, which may have 255 with what is added
 HEADLINE = ("task", "model")  # of a run's default name, where the task declares no headline of its own
 
 
-def signature(cfg: DictConfig) -> str:
-    """8 hex characters over everything that can change the trained weights, so that a run directory is never shared."""
-    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+def signature(cfg: DictConfig, pace: Pace | None = None) -> str:
+    """8 hex characters over everything that can change the trained weights, so that a run directory is never shared.
+
+    pace: by default, that of the config on as many processes as this one is one of.
+    """
+    return hashlib.sha256(json.dumps(identity(cfg, pace), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
+def kin(cfg: DictConfig) -> str:
+    """The signature, less images a step and chunk: runs that differ in these alone share it."""
+    return signature(cfg, Pace(0, 1))
+
+
+def identity(cfg: DictConfig, pace: Pace | None = None) -> dict[str, Any]:
     """What the signature hashes: group -> [the option's name, its values that are no defaults], nested nodes alike."""
     plugins = tuple(cfg.get("plugins") or ())
     content: Any = OmegaConf.to_container(cfg, resolve=True)
+    if "run" in content:
+        content["run"] = as_one_process(content["run"], pace or pace_in(content["run"], world_size()))
     if open_ended(cfg):
         content["run"] = {key: value for key, value in content["run"].items() if key not in LENGTH}
     for group in of_several():
@@ -62,12 +76,31 @@ def open_ended(cfg: DictConfig) -> bool:
     return bool(declared(target, "open_ended", False))
 
 
-def run_dir(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
-    """Where this run lies: <output_dir>/<name>-<signature>, or the directory in which version 0.1 began it."""
+def run_dir(cfg: DictConfig, choices: Mapping[str, str], pace: Pace | None = None) -> Path:
+    """Where this run lies: <output_dir>/<name>-<signature>, or the directory in which an earlier version began it.
+
+    pace: as for `signature`. Raises UserError for a name that is no name of a folder in output_dir.
+    """
     groups = declared(_located(str(cfg.task._target_), tuple(cfg.get("plugins") or ())), "headline", HEADLINE)
     name = cfg.name or "-".join(choices.get(group, group) for group in groups)
-    home = Path(cfg.output_dir) / f"{name}-{signature(cfg)}"
-    return home if home.exists() else _begun_by_0_1(home) or home
+    _refuse_name(str(name))
+    home = Path(cfg.output_dir).expanduser() / f"{name}-{signature(cfg, pace)}"
+    try:
+        return home if home.exists() else _begun_before(home, tuple(cfg.get("plugins") or ())) or home
+    except OSError as error:
+        raise UserError(f"output_dir={cfg.output_dir} cannot be read ({error.strerror}); set output_dir=DIR") from error
+
+
+def _refuse_name(name: str) -> None:
+    """Raises UserError for a name that leads out of output_dir or that no folder can have."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or name != name.strip():
+        reason = "a run lies in output_dir: set name=NAME, without '..', a leading '/' or special characters"
+    elif max(len(part.encode()) for part in parts) > LONGEST_NAME:
+        reason = f"longer than {LONGEST_NAME} bytes; set a shorter name=NAME"
+    else:
+        return
+    raise UserError(f"name={name[:80]!r}: {reason}")
 
 
 # --- what is hashed ---------------------------------------------------------------------------------------------------
@@ -146,43 +179,58 @@ def _settled(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-# --- runs of version 0.1 ----------------------------------------------------------------------------------------------
+# --- runs of earlier versions -----------------------------------------------------------------------------------------
 
 
-def _begun_by_0_1(home: Path) -> Path | None:
-    """The directory in which 0.1, whose signatures were others, began the run that would have `home`.
+def _begun_before(home: Path, plugins: tuple[str, ...]) -> Path | None:
+    """The directory in which an earlier version, whose signatures were others, began the run that would have `home`.
 
-    Only what lies beside `home` under the same name is looked at, and only a config.yaml that 0.1 has written is
-    parsed. Once a later version has continued the run that file is a new one, and arm.json has today's signature.
+    Only what lies beside `home` under the same name is looked at, and only a config.yaml of a run that may lie
+    elsewhere today is parsed. Once this version has continued the run, arm.json has today's signature.
     """
     wanted = home.name[-8:]
     beside = re.compile(re.escape(home.name.removesuffix(wanted)) + "[0-9a-f]{8}")
     for path in sorted(home.parent.iterdir()) if home.parent.is_dir() else ():
-        if beside.fullmatch(path.name) and path.is_dir() and (_noted(path) == wanted or _of_0_1(path) == wanted):
-            return path
+        if beside.fullmatch(path.name) and path.is_dir():
+            noted = _noted(path)
+            if noted and noted.signature == wanted:
+                return path
+            if (noted is None or noted.kin is None) and _of_earlier(path, plugins) == wanted:
+                return path
     return None
 
 
-def _noted(run: Path) -> str | None:
-    """The signature in a run's arm.json."""
+def _noted(run: Path) -> Arm | None:
+    """A run's arm.json."""
     with suppress(UserError):  # a damaged file is told to whoever asks for that run
-        found = read_arm(run)
-        return found.signature if found else None
+        return read_arm(run)
     return None
 
 
-def _of_0_1(run: Path) -> str | None:
-    """Today's signature of a run of 0.1; None for a run of a later version."""
+def _of_earlier(run: Path, plugins: tuple[str, ...]) -> str | None:
+    """Today's signature of a run of an earlier version that has had another; None for others."""
     with suppress(UserError):
-        if legacy.made_by_0_1(run):
-            return _of_stored(run, (run / "config.yaml").stat().st_mtime_ns)
+        pace = misplaced(run)
+        if pace or legacy.made_by_0_1(run):
+            return _of_stored(run, (run / "config.yaml").stat().st_mtime_ns, pace or pace_of(run), plugins)
     return None
 
 
 @functools.cache
-def _of_stored(run: Path, changed: int) -> str:
+def _of_stored(run: Path, changed: int, pace: Pace | None, plugins: tuple[str, ...]) -> str:
     """The signature of the run's config.yaml. `changed`, its modification time, makes a rewritten file be read anew."""
-    return signature(legacy.stored_config(run))
+    stored = legacy.stored_config(run, plugins)
+    return signature(stored, pace or pace_in(OmegaConf.to_container(stored.run, resolve=True), 1))  # type: ignore[arg-type]
+
+
+def unfinished_kin(cfg: DictConfig, home: Path) -> dict[Path, Pace]:
+    """Unfinished runs beside `home` that differ from it in their pace alone, with that pace."""
+    found: dict[Path, Pace] = {}
+    for path in sorted(home.parent.iterdir()) if home.parent.is_dir() else ():
+        noted = _noted(path) if path != home and path.is_dir() else None
+        if noted and noted.kin == kin(cfg) and noted.status != "FINISHED" and (pace := pace_of(path)):
+            found[path] = pace
+    return found
 
 
 # --- what the package's own options leave out of it -------------------------------------------------------------------
@@ -239,12 +287,13 @@ def arm(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
 def _chosen(cfg: DictConfig, key: str, given: str) -> Any:
     """A setting's value with its type, or the name of a group's option as it was given."""
     value = OmegaConf.select(cfg, key) if re.fullmatch(r"[\w.]+", key) else None
-    return given if value is None or isinstance(value, DictConfig) else plain(value)
+    return without_secrets(given if value is None or isinstance(value, DictConfig) else plain(value), key)
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
     """'optimizer.lr' -> 1e-3, for every leaf but `_target_` and its like, and those that repeat a setting of the run
-    (model.seed: ${run.seed}): in a comparison of runs they would stand beside what was varied as if varied, too.
+    (model.seed: ${run.seed}): in a comparison of runs they would stand beside what was varied as if varied, too. It is
+    for the record: *** stands for secrets, and a variable of the environment keeps its name.
     """
 
     def leaves(node: Any, written: Any, at: str) -> Iterator[tuple[str, Any]]:
@@ -256,4 +305,6 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
         elif not (isinstance(written, str) and re.fullmatch(r"\$\{run\.\w+\}", written)):
             yield at, node
 
-    return dict(leaves(OmegaConf.to_container(cfg, resolve=True), OmegaConf.to_container(cfg, resolve=False), ""))
+    with environment_unread():
+        resolved = without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    return dict(leaves(resolved, OmegaConf.to_container(cfg, resolve=False), ""))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, open_dict, read_write
 
+from nai_xl.config.trust import trusted
 from nai_xl.record.config import read_config
 from nai_xl.record.run_dir import RunDirectory
 
@@ -71,10 +72,14 @@ def moved(target: str) -> str:
     return MOVED.get(target, target)
 
 
-def upgraded(stored: DictConfig) -> DictConfig:
-    """A run's stored config, whichever version wrote it, as this version would have written it."""
+def upgraded(stored: DictConfig, plugins: Sequence[str] | None = None) -> DictConfig:
+    """A run's stored config, whichever version wrote it, as this version would have written it; `plugins` as for
+    stored_config.
+    """
     cfg = stored.copy()
     with read_write(cfg), open_dict(cfg):
+        if "plugins" in cfg:
+            cfg.plugins = trusted(cfg, plugins)
         for node in _nodes(cfg):
             node._target_ = moved(str(node._target_))
         if "mixed_precision" in (cfg.get("run") or {}):
@@ -95,15 +100,16 @@ def upgraded_choices(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**OPTIONS_OF_ADDED, **values} if values else {}
 
 
-def stored_config(run_dir: Path) -> DictConfig:
-    """The config that a run was trained with, in terms of this version.
+def stored_config(run_dir: Path, plugins: Sequence[str] | None = None) -> DictConfig:
+    """The config that a run was trained with, in terms of this version. Of its plug-ins it has those among `plugins`,
+    by default those that this program's user has typed.
 
     Raises FileNotFoundError where there is none, and UserError where it is no config.
     """
     stored = read_config(run_dir)
     if stored is None:
         raise FileNotFoundError(RunDirectory(run_dir).config)
-    return upgraded(stored)
+    return upgraded(stored, plugins)
 
 
 def made_by_0_1(run_dir: Path) -> bool:

@@ -87,7 +87,7 @@ class Strategy(Protocol):
     world: int
     device: torch.device
     evaluates: bool
-    lockstep: bool
+    lockstep: ClassVar[bool]
 
     @property
     def first(self) -> bool:

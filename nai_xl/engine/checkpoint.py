@@ -20,6 +20,7 @@ from nai_xl.errors import UserError, one_line
 from nai_xl.files import remove_strays
 from nai_xl.interfaces import Stateful
 from nai_xl.record.json_file import Damaged, read_json, write_json
+from nai_xl.record.pace import Pace
 
 BEST = "best.json"
 
@@ -249,20 +250,15 @@ class ModuleState:
 
 
 @dataclass
-class Pace:
-    """Images a step and a chunk as a Stateful: a run continued at another pace would skip or repeat images."""
+class PaceState:
+    """Images a step and a chunk as a Stateful. wide: images of a micro-batch on all processes."""
 
-    images_per_step: int
-    chunk: int
+    pace: Pace
+    wide: int
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images_per_step": self.images_per_step, "chunk": self.chunk}
+        return self.pace._asdict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError when the run began otherwise."""
-        if state != self.state_dict():
-            raise UserError(
-                f"this run began with {state['images_per_step']} images a step in chunks of {state['chunk']}, now it "
-                f"would have {self.images_per_step} in chunks of {self.chunk}. Start it on as many processes as before "
-                "or set name=NAME to begin a new run."
-            )
+        self.pace.refuse_other(Pace(**state), self.wide)

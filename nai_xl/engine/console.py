@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from nai_xl.redact import redacted
+
 
 class Screen:
     """Speaks on the first rank and is silent on the others."""
@@ -20,7 +22,7 @@ class Screen:
 
     def say(self, *lines: str) -> None:
         for line in lines:
-            self.console.print(line, markup=False)
+            self.console.print(redacted(line), markup=False)
 
     def show(self, content: RenderableType) -> None:
         """Print something of rich's, above the progress line if that is open."""
@@ -38,7 +40,7 @@ class Screen:
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, Text(value))  # brackets are no markup
+            table.add_row(name, Text(redacted(value)))  # a path may hold [brackets], which are no markup
         self.console.print(table)
 
     def begin(self, start: int, steps: int) -> None:

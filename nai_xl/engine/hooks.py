@@ -15,6 +15,7 @@ from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.console import Screen
+from nai_xl.engine.loop import Hook
 from nai_xl.errors import Stopped, UserError, with_kind
 from nai_xl.interfaces import Checkpointer, Direction, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
@@ -53,7 +54,7 @@ class Surroundings:
     steps: int
 
 
-class ChosenHook(Protocol):
+class ChosenHook(Hook, Protocol):
     """An option of the group `hooks`: a hook (engine.loop.Hook) that can be chosen. Every rank makes and calls it.
 
     It is called before a step is saved, evaluated and reported, so a UserError that it raises ends the run with the
@@ -64,9 +65,6 @@ class ChosenHook(Protocol):
     def begin(self, around: Surroundings) -> None:
         """Called once, before the first step."""
         ...
-
-    def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None: ...
-    def end(self, step: int) -> None: ...
 
 
 @dataclass

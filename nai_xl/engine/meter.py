@@ -238,7 +238,10 @@ class Meter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Earlier versions saved rows without positions, and what was not finite: that is left out, and said."""
         self.clear()
-        for row in state["rows"]:
+        rows = state["rows"]
+        if any(row.shape[0] % self.world for row in rows):  # of another number of processes
+            rows = [torch.cat(rows)]
+        for row in rows:
             per_rank = row.shape[0] // self.world
             mine = row[self.rank * per_rank : (self.rank + 1) * per_rank].T
             unknown = torch.full((len(LEFT_OUT) - len(mine), per_rank), -1.0, dtype=mine.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from nai_xl.errors import UserError, with_kind
-from nai_xl.record.json_file import Damaged, read_json, write_json
+from nai_xl.record.json_file import Damaged, keep_aside, read_json, write_json
 from nai_xl.record.run_dir import RunDirectory
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
@@ -28,6 +29,7 @@ class Arm:
     sweep, since a command for some of the arms moves them forward.
     seconds: the time spent on training, over all interruptions. steps, images: counted from the run's beginning.
     epochs: run.epochs, where that says how long to train.
+    kin: the signature without images a step and chunk; None where an earlier version wrote the file.
     """
 
     sweep: str | None = None
@@ -43,6 +45,7 @@ class Arm:
     sweeps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     place: int | None = None
     places: Mapping[str, int] = field(default_factory=dict)
+    kin: str | None = None
 
     @property
     def label(self) -> str:
@@ -74,11 +77,17 @@ def read_arm(run_dir: Path) -> Arm | None:
 
 
 def arm_so_far(run_dir: Path) -> Arm | None:
-    """read_arm for whoever is about to write the file: a damaged one counts as missing, since it is replaced."""
+    """read_arm for whoever is about to write the file: a damaged one counts as missing, and is kept aside."""
     try:
         return read_arm(run_dir)
     except Damaged:
+        _keep_aside(RunDirectory(run_dir).arm)
         return None
+
+
+@functools.cache  # it is read several times before it is replaced
+def _keep_aside(path: Path) -> None:
+    keep_aside(path, "it is made anew without the time and steps so far")
 
 
 def write_arm(run_dir: Path, arm: Arm) -> None:
@@ -104,6 +113,7 @@ class ArmRecord:
         before = arm_so_far(home.path)
         self.arm = replace(arm, seconds=before.seconds, steps=before.steps, images=before.images) if before else arm
         self.began: float | None = None
+        self.only_seen = False
         self.first = os.environ.get("RANK", "0") == "0"
 
     def begin(self) -> None:
@@ -115,10 +125,20 @@ class ArmRecord:
         """How far the run is; written with its next status."""
         self.arm = replace(self.arm, steps=step, images=step * images_per_step)
 
+    def seen_finished(self, step: int, images_per_step: int) -> None:
+        """The run was finished before, and nothing was done: its record stays as it is, if it says so."""
+        found = arm_so_far(self.home.path)
+        self.only_seen = found is not None and found.status == "FINISHED"
+        if found and self.only_seen and self.first:
+            self.adopt(found)
+        self.reached(step, images_per_step)
+
     def __enter__(self) -> ArmRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.only_seen:
+            return
         if self.first and (kind is None or self.began is not None or self.arm.sweep is not None):
             stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
             status: Status = "FINISHED" if kind is None else "STOPPED" if stopped else "FAILED"

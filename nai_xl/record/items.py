@@ -17,11 +17,15 @@ def items_path(run_dir: Path, metric: str) -> Path:
     return RunDirectory(run_dir).items / f"{metric.replace('/', '__')}.jsonl"
 
 
+def _journal(path: Path) -> Journal:
+    return Journal(path, lambda row: isinstance(row.get("step"), int) and isinstance(row.get("values"), dict))
+
+
 def write_items(run_dir: Path, metric: str, step: int, values: Mapping[str, float]) -> None:
     """Add one evaluation. A step that is there already is kept as it is: a run that was killed and continued evaluates
     some steps again.
     """
-    journal = Journal(items_path(run_dir, metric))
+    journal = _journal(items_path(run_dir, metric))
     journal.path.parent.mkdir(parents=True, exist_ok=True)
     journal.mend()
     if step not in read_items(run_dir, metric):
@@ -30,17 +34,17 @@ def write_items(run_dir: Path, metric: str, step: int, values: Mapping[str, floa
 
 def read_items(run_dir: Path, metric: str) -> dict[int, dict[str, float]]:
     """step -> item -> value of every evaluation so far; of several of one step the last; {} where there was none."""
-    rows = Journal(items_path(run_dir, metric)).rows()
+    rows = _journal(items_path(run_dir, metric)).rows()
     return {int(row["step"]): dict(row["values"]) for row in rows}
 
 
 def add_items(source: Path, run_dir: Path) -> None:
     """Add all evaluations of the run directory `source` to those of `run_dir`, in place of those of the same step."""
     for path in sorted(RunDirectory(source).items.glob("*.jsonl")):
-        journal = Journal(RunDirectory(run_dir).items / path.name)
+        journal = _journal(RunDirectory(run_dir).items / path.name)
         journal.path.parent.mkdir(parents=True, exist_ok=True)
         journal.mend()
-        for row in Journal(path).rows():
+        for row in _journal(path).rows():
             journal.append(**row)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +22,14 @@ class Damaged(UserError):
 
     def __init__(self, path: Path, reason: object, cure: str):
         super().__init__(f"{path} is damaged ({' '.join(str(reason).split())}); {cure}")
+
+
+def keep_aside(path: Path, what: str) -> None:
+    """Copy a damaged file that is about to be replaced to <file>.damaged, and say so. what: what becomes of it."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with suppress(FileNotFoundError):
+        shutil.copyfile(path, aside)
+        print(f"{path} is damaged; {what}, and a copy is in {aside.name}", file=sys.stderr)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from nai_xl.record.config import read_config
 from nai_xl.record.journal import metrics_of
 
 
@@ -32,3 +35,17 @@ def objective(run_dir: Path) -> float | None:
     """What a search minimises: the last val/loss, or train/loss where nothing is validated."""
     validated = last_value(run_dir, "val/loss")
     return last_value(run_dir, "train/loss") if validated is None else validated
+
+
+def lost_rows(run_dir: Path, start: int, log_every: int) -> list[str]:
+    """A line on numbers that are gone, for a run that goes on after step `start`: it has reported every log_every steps
+    at most. [] where there are none.
+    """
+    stored = read_config(run_dir)
+    period = max(log_every, int(OmegaConf.select(stored, "run.log_every") or 0) if stored else 0)
+    reported = max((step for row in metrics_of(run_dir).rows() if (step := int(row["step"])) <= start), default=0)
+    if start - reported < period:
+        return []
+    path = metrics_of(run_dir).path
+    what = "is gone" if not path.exists() else "is empty" if not reported else f"ends at step {reported}"
+    return [f"{path} {what}: the numbers of steps {reported + 1} to {start} are lost; the run goes on and adds to it"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter
 
 from nai_xl.errors import UserError
 from nai_xl.files import remove_strays, sync
-from nai_xl.record.json_file import read_json, write_json
+from nai_xl.record.json_file import Damaged, keep_aside, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,21 @@ class RunDirectory:
         """Which data the run was begun with; None where it has not got that far."""
         return read_json(self.data, _TRAINED_ON, "remove the file if the data are still those of the run")
 
+    def _noted_fingerprint(self) -> str | None:
+        """The data's fingerprint in params.json, if that can be read."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return str(json.loads(self.params.read_bytes())["params"]["data_fingerprint"])
+        return None
+
     def claim_data(self, fingerprint: str, images: int) -> None:
         """Note which data the run is trained on. Raises UserError when it was begun with other data."""
-        before = self.trained_on()
+        try:
+            before = self.trained_on()
+        except Damaged:
+            if self._noted_fingerprint() != fingerprint:
+                raise
+            keep_aside(self.data, f"it is made anew, since {self.params.name} has these data too")
+            before = None
         if before is None:
             write_json(self.data, asdict(TrainedOn(fingerprint, images)))
         elif before.data != fingerprint:

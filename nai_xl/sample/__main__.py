@@ -1,7 +1,7 @@
 """python -m nai_xl.sample RUN "a prompt" [...]: paint prompts with a finished run, exactly as it was trained.
 
 Settings that are not given are those of the run's own sample grids. Every PNG carries its prompt, seed and settings.
-The same settings paint the same picture.
+The same settings paint the same picture. A run with plug-ins needs them named again: 'plugins=[mine]'.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
+from nai_xl.config.trust import is_plugins
 from nai_xl.diffusion.sampling import SOLVERS
 from nai_xl.errors import UserError
 from nai_xl.model.quiet import quiet_libraries
@@ -33,7 +34,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, from seed, seed + 1, ...")
     parser.add_argument("--negative", default="", help="what guidance leads away from")
     parser.add_argument("--out", type=Path, help="RUN/painted if left out")
-    return parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args([word for word in words if not is_plugins(word)])  # config.stored_config reads those
 
 
 def main() -> None:

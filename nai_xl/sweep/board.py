@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nai_xl.redact import redacted
+
 COLOURS = {"FINISHED": "green", "FAILED": "red", "STOPPED": "yellow"}
 
 
@@ -47,7 +49,7 @@ class Board:
             self.live.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        self.console.print(redacted(line), markup=False)
 
     def watch(self, running: Sequence[tuple[str, float, Path, int]]) -> None:
         """Show the arms under way: name, seconds, log, the log's length when they began."""
@@ -99,6 +101,6 @@ def print_table(title: str, rows: Sequence[Row], metric: str | None = "train/los
     plain = Console(highlight=False, soft_wrap=True)
     for row in rows:
         if row.status == "FAILED":
-            plain.print(f"\nFAILED {row.arm}: {row.error}", markup=False)
+            plain.print(redacted(f"\nFAILED {row.arm}: {row.error}"), markup=False)
             plain.print(f"  log    {row.path / 'log.txt'}", markup=False)
-            plain.print(f"  again  {row.again}", markup=False)
+            plain.print(redacted(f"  again  {row.again}"), markup=False)

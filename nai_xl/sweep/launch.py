@@ -67,7 +67,8 @@ class Sweep:
         failure = UserError(f"{missing} of {len(members)} arms failed; the same command again trains only those")
         if settings.in_rounds and missing:
             raise failure  # it may be of a seed that Hydra has not composed
-        return [outcome(members.get(path_of(one)), failure) for one in composed]
+        gpus = len(visible_gpus())
+        return [outcome(members.get(path_of(one, settings, gpus)), failure) for one in composed]
 
     def _train(self, master: DictConfig, composed: Sequence[DictConfig], settings: SweepSettings) -> list[Member]:
         """Train these arms, except the finished ones, and return them."""
@@ -79,6 +80,8 @@ class Sweep:
         refuse_shared(members)
         distinct = list({member.path: member for member in members}.values())
         self.members += distinct
+        for member in [member for member in distinct if member.status == "not started"][:1]:
+            member.record.home.create()  # output_dir is the same mistake for all
         if any(member.status == "not started" for member in distinct):
             lines = self.tracker.begin(
                 str(settings.name),

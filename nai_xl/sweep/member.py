@@ -5,15 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nai_xl import config
 from nai_xl.errors import UserError, one_line
 from nai_xl.record.arm import Arm, ArmRecord, arm_so_far, label
 from nai_xl.record.metrics import last_value
+from nai_xl.record.pace import Pace
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.board import Row
 from nai_xl.sweep.processes import Program
@@ -66,8 +69,10 @@ def member_of(
     where it has been trained as long as asked for, or its config is refused. place: among the sweep's arms, as typed.
     """
     cfg, choices, overrides = config.opened(composed)
-    home = RunDirectory(config.run_dir(cfg, choices))
-    member = Member(cfg, ArmRecord(home, replace(arm_of(cfg, config.arm(cfg, overrides)), place=place)))
+    pace = pace_on(cfg, _processes(cfg, settings, gpus))
+    home = RunDirectory(config.run_dir(cfg, choices, pace))
+    arm = replace(arm_of(cfg, config.arm(cfg, overrides), pace), place=place)
+    member = Member(cfg, ArmRecord(home, arm))
     found = arm_so_far(home.path)
     run = cfg.run
     if found and home.pipeline.is_dir() and found.finished(max_images=run.max_images, epochs=run.epochs):
@@ -86,17 +91,30 @@ def member_of(
     return member
 
 
-def path_of(composed: DictConfig) -> Path:
+def _processes(cfg: DictConfig, settings: SweepSettings, gpus: int) -> int:
+    """How many processes train an arm; 1 for one that is refused."""
+    with suppress(UserError):
+        return settings.processes_of(cfg, gpus)
+    return 1
+
+
+def pace_on(cfg: DictConfig, processes: int) -> Pace | None:
+    """The pace of an arm on so many processes."""
+    run: Any = OmegaConf.to_container(cfg.run, resolve=True)
+    return config.pace_in(run, processes)
+
+
+def path_of(composed: DictConfig, settings: SweepSettings, gpus: int) -> Path:
     """The run directory of an arm that Hydra composed."""
     cfg, choices, _ = config.opened(composed)
-    return config.run_dir(cfg, choices)
+    return config.run_dir(cfg, choices, pace_on(cfg, _processes(cfg, settings, gpus)))
 
 
-def arm_of(cfg: DictConfig, arm: Mapping[str, object]) -> Arm:
+def arm_of(cfg: DictConfig, arm: Mapping[str, object], pace: Pace | None = None) -> Arm:
     """The arm that a config describes, as its arm.json begins."""
     asked = cfg.sweep
-    signature = config.signature(cfg)
-    return Arm(asked.name, dict(arm), cfg.run.seed, signature, epochs=cfg.run.epochs, place=asked.place)
+    signature, kin = config.signature(cfg, pace), config.kin(cfg)
+    return Arm(asked.name, dict(arm), cfg.run.seed, signature, epochs=cfg.run.epochs, place=asked.place, kin=kin)
 
 
 def started_by(processes: int) -> list[str]:

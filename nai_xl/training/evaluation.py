@@ -27,15 +27,17 @@ def config_of(run: Path, overrides: Sequence[str], config_dir: Path | None = Non
 
     Raises UserError for a folder that is no run, and for overrides of anything but evals.
     """
-    if other := [word for word in overrides if not word.lstrip("+~").startswith(("evals=", "evals."))]:
+    allowed = ("evals=", "evals.", "plugins=")
+    if other := [word for word in overrides if not word.lstrip("+~").startswith(allowed)]:
         raise UserError(f"{other[0]}: a finished run has its settings; only evals=[...] and evals.*=... can be given")
     try:
-        cfg = config.stored_config(run)
+        cfg = config.stored_config(run, config.typed_plugins(overrides))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run}: no run here (no config.yaml); give a folder that nai_xl.train has made") from error
     with open_dict(cfg):
         cfg.distributed = config.compose(["distributed=none"]).distributed  # one process looks, however many trained
-        cfg.evals = config.compose([*overrides, *([config.further(config_dir)] if config_dir else [])]).evals
+        asked = config.compose([*overrides, *([config.further(config_dir)] if config_dir else [])])
+        cfg.evals, cfg.plugins = asked.evals, asked.plugins
     config.check(cfg)
     return cfg
 

@@ -19,7 +19,7 @@ from nai_xl.data.index import Index
 from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
-from nai_xl.engine.checkpoint import Pace
+from nai_xl.engine.checkpoint import PaceState
 from nai_xl.engine.console import Screen
 from nai_xl.engine.hooks import Evaluate, KeepBest, MarkReported, Profile, Report, Save, Surroundings
 from nai_xl.engine.loop import Hook, Training, train
@@ -36,6 +36,8 @@ from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.config import write_config
 from nai_xl.record.journal import now, outbox_of
+from nai_xl.record.metrics import lost_rows
+from nai_xl.record.pace import Pace, pace_of
 from nai_xl.record.progress import ProgressRecord
 from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
@@ -56,23 +58,31 @@ class Session:
     left_out: Sequence[str] = ()
     screen: Screen = field(init=False)
     progress: ProgressRecord = field(init=False)
+    pace: PaceState = field(init=False)
 
     def __post_init__(self) -> None:
         self.progress = ProgressRecord(self.home, writes=self.strategy.first)
+        run, world = self.spec.run, self.strategy.world
         self.screen = Screen(silent=not self.strategy.first)
+        self.pace = PaceState(Pace(run.images_per_step(world), run.chunk_size(world)), run.batch_size * world)
 
     def run(self, index: Index) -> None:
         """Train, or continue, or say that there is nothing left to do. The caller holds the run's lock."""
         spec, strategy, home = self.spec, self.strategy, self.home
         steps = spec.run.steps(len(index.items), strategy.world)
+        self.pace.pace.refuse_other(pace_of(home.path), self.pace.wide)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
-        if checkpoints.latest_step() >= steps and self.progress.has_delivered(steps):
-            self._say_finished(checkpoints.latest_step(), steps)
+        done = checkpoints.latest_step()
+        if done >= steps and self.progress.has_delivered(steps):
+            self._say_finished(done, steps)
             return
+        self._refuse_shorter(done, steps)
+        continued = home.config.is_file()
         if strategy.first:
             self.note.begin()
             home.tidy()
-            write_config(home.path, spec.cfg)
+            if not continued:
+                write_config(home.path, spec.cfg)
         activity.doing("reading the weights")
         network = spec.task.load(spec.model)
         activity.doing("preparing the data")
@@ -85,6 +95,9 @@ class Session:
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state, data)
+            if strategy.first and continued:  # not before: what is refused leaves the record as it was
+                self.screen.say(*lost_rows(home.path, start, spec.run.log_every))
+                write_config(home.path, spec.cfg)
             self._announce(data, tracker, start, steps)
             with self._written() as looks:
                 reached = self._loop(data, state, tracker, checkpoints, looks, start, steps)
@@ -101,6 +114,17 @@ class Session:
             strategy.wait()
         self._say_where(tracker.where())
 
+    def _refuse_shorter(self, done: int, steps: int) -> None:
+        """Raises UserError for a run that is to be shorter than it is already."""
+        if done > steps:
+            run = self.spec.run
+            asked = f"run.epochs={run.epochs}" if run.max_images is None else f"run.max_images={run.max_images}"
+            raise UserError(
+                f"{asked} is {steps} steps, and this run has {done} already; give at least the "
+                f"{done * self.pace.pace.images_per_step} images that it has seen to continue it, or name=NAME for a "
+                "shorter run"
+            )
+
     def _act_on(self, trainable: Trainable) -> None:
         """Apply the memory actions. Raises UserError for one that replaces what is trained."""
         for action in self.spec.memory:
@@ -112,9 +136,8 @@ class Session:
 
     def _restored(self, checkpoints: Checkpointer, state: State, data: TrainingData) -> int:
         """Bind what a checkpoint holds, and load the newest: the step at which it was made."""
-        run, world = self.spec.run, self.strategy.world
-        pace = Pace(run.images_per_step(world), run.chunk_size(world))
-        parts = {"pace": pace, **self.spec.task.stateful(), **state.stateful()}
+        run = self.spec.run
+        parts = {"pace": self.pace, **self.spec.task.stateful(), **state.stateful()}
 
         def go_back() -> int:
             """Everything but the meter, which knows what has been left out, as at the newest checkpoint; its step."""
@@ -189,6 +212,8 @@ class Session:
                 f"stopped while evaluating at step {reached} of {steps}; the same command goes on from there"
             )
             raise
+        finally:
+            self.screen.end()  # an error gets a line of its own
         if reached < steps:
             self.screen.say(f"stopped at step {reached} of {steps}; the same command goes on from there")
         return reached
@@ -266,8 +291,10 @@ class Session:
         """The table, the remarks and the figure that a run begins with."""
         task, run, world = self.spec.task, self.spec.run, self.strategy.world
         per_step = f"{run.batch_size} x {run.grad_accum} x {world} = {run.images_per_step(world)}"
+        store = config.member(self.spec.cfg.tracker, "described", tuple(self.spec.cfg.plugins))
         rows = {
             **self.choices,
+            **({"tracker": f"{self.choices.get('tracker', '')}: {store()}"} if store else {}),
             **data.described(),
             **task.described(),
             "images/step": f"{per_step} (batch_size x grad_accum x processes)",
@@ -283,11 +310,23 @@ class Session:
             self.screen.say(
                 f"distributed={option} runs in this one process: start several with torchrun --nproc-per-node=N"
             )
+        if start == 0 and self.strategy.first and not self.spec.cfg.sweep.name:
+            self._say_kin(run.batch_size * world)
         if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
             tracker.figure("method", 0, figure)
 
+    def _say_kin(self, wide: int) -> None:
+        """That an unfinished run is the same but for its pace: most likely, another number of processes trained it."""
+        for path, pace in config.unfinished_kin(self.spec.cfg, self.home.path).items():
+            accum, rest = divmod(pace.images_per_step, wide)
+            how = "" if rest or not accum else f"; run.grad_accum={accum} run.chunk={pace.chunk} continues that one"
+            self.screen.say(
+                f"{path} is the same run with {pace.images_per_step} images a step in chunks of {pace.chunk}; this one "
+                f"begins anew with {self.pace.pace.images_per_step} in chunks of {self.pace.pace.chunk}{how}"
+            )
+
     def _say_finished(self, done: int, steps: int) -> None:
-        self.note.reached(done, self.spec.run.images_per_step(self.strategy.world))
+        self.note.seen_finished(done, self.pace.pace.images_per_step)
         more = f", more than the {steps} asked for; name=NAME begins a shorter one" if done > steps else ""
         longer = "continues it" if config.open_ended(self.spec.cfg) else "with this lr is another run"
         self.screen.say(f"finished: this run has {done} steps{more}; a larger run.max_images {longer}")

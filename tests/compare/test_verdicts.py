@@ -168,7 +168,7 @@ def test_the_command_asks_the_plug_ins_of_the_runs(told: Command, tmp_path: Path
             path = write_run(tmp_path, {"loss": loss}, seed, effect={"sharp/edges": shift}, sweep="sharp")
             cfg = OmegaConf.merge(OmegaConf.load(path / "config.yaml"), chosen(f"{plugin}.Sharpness", plugin))
             OmegaConf.save(cfg, path / "config.yaml")
-    out = told("sweep=sharp", f"output_dir={tmp_path}", "baseline=loss=uniform")
+    out = told("sweep=sharp", f"output_dir={tmp_path}", "baseline=loss=uniform", f"plugins=[{plugin}]")
     assert "better" in next(line for line in out.splitlines() if line.strip().startswith("minsnr"))
 
 

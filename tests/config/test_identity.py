@@ -99,11 +99,11 @@ def test_a_target_may_move_inside_the_package_and_get_parameters(
     later: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module("nai_xl.elsewhere", monkeypatch, min_snr=later)
-    there = "loss._target_=nai_xl.elsewhere.min_snr"
-    assert signature(there) == signature()
-    assert signature(there, "loss.gamma=4") == signature("loss.gamma=4") != signature()
+    there = ["loss._target_=nai_xl.elsewhere.min_snr", "plugins=[nai_xl.elsewhere]"]
+    assert signature(*there) == signature()
+    assert signature(*there, "loss.gamma=4") == signature("loss.gamma=4") != signature()
     if later is longer:
-        assert signature(there, "+loss.power=2") != signature()
+        assert signature(*there, "+loss.power=2") != signature()
 
 
 def test_the_path_of_a_plug_in_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nai_xl.compare.runs.run import Run
 from nai_xl.errors import UserError
-from nai_xl.tracker.mlflow.store import opened
+from nai_xl.tracker.mlflow.store import failures, opened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,13 +23,11 @@ def search_mlflow(uri: str, query: str) -> tuple[MlflowClient, list[MlflowRun]]:
 
     Raises UserError when MLflow cannot answer, or selects none.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         with opened(uri) as client:
             experiments = [known.experiment_id for known in client.search_experiments()]
         found = list(_every_page(client, experiments, query))
-    except (MlflowException, OSError) as error:
+    except failures() as error:
         raise UserError(f"runs={query!r}: MLflow at {uri} says: {error}; set uri=... if it is another store") from error
     if not found:
         raise UserError(f"runs={query!r} selects no run at {uri}; set uri=... or another filter")

@@ -26,6 +26,8 @@ from PIL import Image
 from nai_xl.files import write_atomically
 from nai_xl.record.config import read_params
 from nai_xl.record.journal import metrics_of, outbox_of
+from nai_xl.record.json_file import keep_aside
+from nai_xl.redact import redacted
 from nai_xl.tracker.mlflow.store import open_store
 from nai_xl.tracker.mlflow.words import VALUE_LENGTH, arm_tags, metrics_in, valid_name
 
@@ -44,7 +46,7 @@ RENAMED = {"git_commit": "mlflow.source.git.commit"}  # tags for which MLflow ha
 class Progress:
     """The content of mlflow.json: where a run's record goes, and how much of it has arrived."""
 
-    uri: str
+    uri: str  # *** for user and password, which are not kept: store.with_login
     experiment: str
     token: str  # made before the run and stored as its tag: finds a run whose creation was not confirmed
     experiment_id: str = ""
@@ -61,7 +63,7 @@ class Progress:
             return None
 
     def write(self, run_dir: Path) -> None:
-        content = json.dumps(dataclasses.asdict(self))
+        content = json.dumps(dataclasses.asdict(self) | {"uri": redacted(self.uri)})
         write_atomically(run_dir / "mlflow.json", lambda path: path.write_text(content))
 
 
@@ -74,8 +76,10 @@ class Delivery:
         self.client: MlflowClient | None = None
         with self._locked():
             known = Progress.read(run_dir)
-            if known is None or (known.uri, known.experiment) != (uri, experiment):
-                known = Progress(uri, experiment, known.token if known else uuid.uuid4().hex)
+            if known is None:
+                keep_aside(run_dir / "mlflow.json", "all of the record is sent again, to a new run of MLflow")
+            if known is None or (redacted(known.uri), known.experiment) != (redacted(uri), experiment):
+                known = Progress(redacted(uri), experiment, known.token if known else uuid.uuid4().hex)
                 known.write(run_dir)
             self.progress = known
 
@@ -85,8 +89,8 @@ class Delivery:
         return sum(1 for _ in self.metrics.after(progress.metrics)) + sum(1 for _ in self.outbox.after(progress.outbox))
 
     def open(self) -> None:
-        """Find or create the run in the store. Raises MlflowException or OSError when the store does not answer, and
-        Damaged for arm.json.
+        """Find or create the run in the store. Raises one of store.failures when the store does not answer, and
+        UserError for an address without its login or a damaged arm.json.
         """
         with self._locked():
             self._open()
@@ -138,7 +142,7 @@ class Delivery:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _created(self, client: MlflowClient) -> Run:
-        self.progress = Progress(self.uri, self.experiment, self.progress.token, self.progress.experiment_id)
+        self.progress = Progress(redacted(self.uri), self.experiment, self.progress.token, self.progress.experiment_id)
         began = next((int(row["time"]) for row in self.outbox.rows()), None)
         source = {"mlflow.source.name": "nai_xl.train", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
         run = client.create_run(

@@ -9,14 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from filelock import FileLock
+
+from nai_xl.errors import UserError
+from nai_xl.redact import HIDDEN, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+VARIABLE = "MLFLOW_TRACKING_URI"
+LOCK_SECONDS = 60
 UI = "http://127.0.0.1:5000"  # where a plain `mlflow ui` serves
 # MLflow's pages open as those for language models until a person switches. Neither the database nor the tag
 # mlflow.experimentKind decides that, only this part of the address, or the switch that the browser remembers.
@@ -25,13 +30,57 @@ KIND = "workflowType=machine_learning"
 
 def default_uri() -> str:
     """The SQLite file mlflow.db in the working directory, which a plain `mlflow ui` there shows."""
-    return f"{SQLITE}{Path.cwd() / 'mlflow.db'}"
+    path = str(Path.cwd() / "mlflow.db")
+    for character in "%?#":  # which mean something else in an address
+        path = path.replace(character, f"%{ord(character):02X}")
+    return f"{SQLITE}{path}"
+
+
+def chosen_uri(uri: str | None) -> str:
+    """The store that is meant: `uri`, or else $MLFLOW_TRACKING_URI, or else the default."""
+    meant = uri or os.environ.get(VARIABLE) or default_uri()
+    return f"{SQLITE}{Path(meant.removeprefix(SQLITE)).expanduser()}" if meant.startswith(f"{SQLITE}~") else meant
+
+
+def refuses(uri: str | None) -> bool:
+    """Whether a store that cannot be opened ends a run at its start, if it has never answered: a typed address may be
+    mistyped. That of a SQLite file is right where its folder is.
+    """
+    return uri is not None and not (uri.startswith(SQLITE) and _database(chosen_uri(uri)).parent.is_dir())
+
+
+def with_login(uri: str) -> str:
+    """An address as a record has it, with the user and password that no record keeps. Raises UserError without them."""
+    if HIDDEN not in uri:
+        return uri
+    given = os.environ.get(VARIABLE, "")
+    if redacted(given) == uri:
+        return given
+    if os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return uri.replace(f"{HIDDEN}@", "")
+    raise UserError(
+        f"{uri} asks for a user and password, which no record keeps: set {VARIABLE}, or MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or give --uri to nai_xl.sync"
+    )
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What MLflow raises when a store fails: its own errors, and those of the libraries below it that it lets through.
+
+    IndexError, KeyError: of a store whose tables lack rows that MLflow takes for granted. UserError: of an address
+    without its login.
+    """
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, CommandError, OSError, IndexError, KeyError, UserError
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """A client of the store, and the id of `experiment`, which is created if missing.
 
-    Raises MlflowException or OSError when the store does not answer.
+    Raises one of `failures` when the store does not answer.
     """
     # without this location, MLflow would look for artifacts in the working directory of whoever reads them
     location = (_database(uri).parent / "mlruns").as_uri() if uri.startswith(SQLITE) else None
@@ -44,22 +93,23 @@ def opened(uri: str) -> Iterator[MlflowClient]:
     """A client of the store, to be used inside the block for the first time and afterwards as long as it is needed.
 
     Several processes that open a missing database at once would corrupt its first migration, or create an experiment
-    twice, so they take turns at the block. Raises MlflowException or OSError when the store does not answer.
+    twice, so they take turns at the block. Raises what open_store raises.
     """
     from mlflow import MlflowClient
 
     _quiet()
+    uri = with_login(uri)
     if not uri.startswith(SQLITE):
         yield MlflowClient(tracking_uri=uri)
         return
     database = _database(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{database}.lock"):
+    with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
         yield MlflowClient(tracking_uri=uri)
 
 
 def _database(uri: str) -> Path:
-    return Path(uri.removeprefix(SQLITE))
+    return Path(unquote(uri.removeprefix(SQLITE)))
 
 
 def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
@@ -92,11 +142,12 @@ def how_to_serve(uri: str) -> str:
     """The command that serves the pages below; "" for a store that is a server already."""
     if uri.startswith("http"):
         return ""
-    return "mlflow ui" if uri == default_uri() else f"mlflow ui --backend-store-uri {uri}"
+    return "mlflow ui" if uri == default_uri() else f"mlflow ui --backend-store-uri {redacted(uri)}"
 
 
 def _page(uri: str) -> str:
-    return f"{uri.rstrip('/') if uri.startswith('http') else UI}/#"
+    page = redacted(uri).replace(f"{HIDDEN}@", "")  # a browser asks for the login
+    return f"{page.rstrip('/') if uri.startswith('http') else UI}/#"
 
 
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:

@@ -11,8 +11,18 @@ from nai_xl.errors import UserError, one_line
 from nai_xl.record.arm import read_arm
 from nai_xl.record.journal import note_end, now, outbox_of
 from nai_xl.record.json_file import Damaged
+from nai_xl.redact import redacted
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
-from nai_xl.tracker.mlflow.store import compare_page, default_uri, how_to_serve, open_store, run_page, view_page
+from nai_xl.tracker.mlflow.store import (
+    chosen_uri,
+    compare_page,
+    failures,
+    how_to_serve,
+    open_store,
+    refuses,
+    run_page,
+    view_page,
+)
 from nai_xl.tracker.mlflow.view import fitted, view, view_tag
 from nai_xl.tracker.sweep import SweepTracker
 
@@ -29,19 +39,25 @@ class MlflowSweep(SweepTracker):
     """Shows the sweep on MLflow's pages as a view of its own, and sends what its arms could not send themselves."""
 
     def __init__(self, *, uri: str | None = None, experiment: str = "nai_xl"):
-        self.uri, self.experiment = uri or default_uri(), experiment
+        self.uri, self.experiment = chosen_uri(uri), experiment
+        self.typed = uri
 
     def begin(
         self, sweep: str, question: str, keys: Sequence[str], metrics: Sequence[str], *, shared: Sequence[str] = ()
     ) -> list[str]:
         """Makes the store, adds the question to the experiment's description, and stores the sweep's view.
 
-        Raises UserError when the store does not answer.
+        Raises UserError when a typed address does not answer. Another store that does not is told: the arms keep all.
         """
-        with _answering(self.uri, "set tracker.uri=..., or tracker=jsonl"):
-            client, experiment_id = open_store(self.uri, self.experiment)
-            _ask(client, experiment_id, sweep, question)
-            client.set_experiment_tag(experiment_id, view_tag(sweep), view(sweep, keys, metrics, shared))
+        try:
+            with _answering(self.uri, "set tracker.uri=..., or tracker=jsonl"):
+                client, experiment_id = open_store(self.uri, self.experiment)
+                _ask(client, experiment_id, sweep, question)
+                client.set_experiment_tag(experiment_id, view_tag(sweep), view(sweep, keys, metrics, shared))
+        except UserError as error:
+            if refuses(self.typed):
+                raise
+            return [f"{error}; the arms keep every number until then"]
         serve = how_to_serve(self.uri)
         return [
             *([f"MLflow       {serve}   (experiment {self.experiment})"] if serve else []),
@@ -54,20 +70,18 @@ class MlflowSweep(SweepTracker):
         failed, and arms that were trained for an earlier sweep are counted to this one too. The lines say where MLflow
         compares the arms, or what to do when it does not answer.
         """
-        from mlflow.exceptions import MlflowException
-
         unsent: list[str] = []
         damaged: list[str] = []
         last: Delivery | None = None
         for run_dir in run_dirs:
             try:
                 last = self._sent(run_dir) or last
-            except (MlflowException, OSError):
-                unsent.append(str(run_dir))
             except Damaged as error:
                 damaged.append(f"error: {error}")
+            except failures():
+                unsent.append(str(run_dir))
         if last:
-            with suppress(MlflowException, OSError):  # the view's looks are not worth an error
+            with suppress(*failures()):  # the view's looks are not worth an error
                 _fit_view(last, run_dirs)
         lines = [*compare_line(run_dirs), *damaged]
         if unsent:
@@ -80,6 +94,7 @@ class MlflowSweep(SweepTracker):
             return None
         meant = Progress.read(run_dir)
         uri, experiment = (meant.uri, meant.experiment) if meant else (self.uri, self.experiment)
+        uri = self.uri if redacted(self.uri) == redacted(uri) else uri
         delivery = Delivery(run_dir, uri, experiment)
         delivery.open()
         delivery.deliver()
@@ -138,7 +153,7 @@ def log_summary(
 
     Raises UserError when the store does not answer.
     """
-    uri = uri or default_uri()
+    uri = chosen_uri(uri)
     with _answering(uri, "python -m nai_xl.sync RUN_DIR --uri=... sends runs to another store"):
         client, experiment_id = open_store(uri, experiment)
         run = _summary(client, experiment_id, sweep, metrics)
@@ -154,11 +169,9 @@ def log_summary(
 
 @contextmanager
 def _answering(uri: str, cure: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except failures() as error:
         raise UserError(f"the MLflow store {uri} does not answer ({one_line(error)}); {cure}") from error
 
 

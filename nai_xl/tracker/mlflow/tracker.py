@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -13,13 +14,15 @@ from PIL import Image
 
 from nai_xl.errors import UserError, one_line
 from nai_xl.record.json_file import Damaged
+from nai_xl.redact import redacted
 from nai_xl.tracker.jsonl import JsonlTracker
 from nai_xl.tracker.mlflow.delivery import Delivery, Progress
-from nai_xl.tracker.mlflow.store import default_uri, how_to_serve, run_page
+from nai_xl.tracker.mlflow.store import VARIABLE, chosen_uri, failures, how_to_serve, refuses, run_page
 from nai_xl.tracker.mlflow.sweep import MlflowSweep
 from nai_xl.tracker.sweep import SweepTracker
 
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts at a store that does not answer, doubling
+OPENING = 60.0  # seconds that the start of a run waits for the store to open
 PATIENCE = 30.0  # seconds that the end of a run waits for a store that takes nothing
 
 
@@ -36,29 +39,30 @@ class MlflowTracker(JsonlTracker):
 
     def __init__(self, run_dir: Path, *, experiment: str = "nai_xl", uri: str | None = None):
         super().__init__(run_dir)
-        self.delivery = Delivery(run_dir, uri or default_uri(), experiment)
+        self.delivery = Delivery(run_dir, chosen_uri(uri), experiment)
+        self.typed = uri
 
     @classmethod
     def of_sweep(cls, *, uri: str | None = None, experiment: str = "nai_xl", **others: Any) -> SweepTracker:
         return MlflowSweep(uri=uri, experiment=experiment)
 
-    def __enter__(self) -> MlflowTracker:
-        from mlflow.exceptions import MlflowException
+    @staticmethod
+    def described(uri: str | None = None) -> str:
+        """The store, for the table that a run begins with."""
+        from_environment = "" if uri or not os.environ.get(VARIABLE) else f" ({VARIABLE})"
+        return f"{redacted(chosen_uri(uri))}{from_environment}"
 
+    def __enter__(self) -> MlflowTracker:
         super().__enter__()
-        uri, answered = self.delivery.uri, True
-        try:
-            self.delivery.open()
-        except (MlflowException, OSError) as error:
-            answered = False
-            if not self._has_answered_before():
-                raise UserError(
-                    f"cannot open the MLflow store {uri} ({one_line(error)}). Set tracker.uri=..., or use "
-                    "tracker=jsonl."
-                ) from error
-            _tell(self.run_dir, _away(error))
-        self.sender = Sender(self.delivery, told=not answered)
+        self.sender = Sender(self.delivery)
         self.sender.start()
+        error = self.sender.opened_within(OPENING)
+        if error is not None and refuses(self.typed) and not self._has_answered_before():
+            self.sender.ending.set()
+            raise UserError(
+                f"cannot open the MLflow store {redacted(self.delivery.uri)} ({one_line(error)}). Set tracker.uri=..., "
+                "or use tracker=jsonl."
+            ) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -68,7 +72,8 @@ class MlflowTracker(JsonlTracker):
     def _has_answered_before(self) -> bool:
         """Whether the store has this run or one beside it. Then its address is right, and it may answer again."""
         links = map(Progress.read, {self.run_dir, *(path.parent for path in self.run_dir.parent.glob("*/mlflow.json"))})
-        return any(link and link.run_id and link.uri == self.delivery.uri for link in links)
+        uri = redacted(self.delivery.uri)
+        return any(link and link.run_id and redacted(link.uri) == uri for link in links)
 
     def params(self, flat: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         super().params(flat, tags)
@@ -98,16 +103,31 @@ class MlflowTracker(JsonlTracker):
 class Sender(threading.Thread):
     """Sends what waits whenever it is woken. After a failure it tries again, and waits longer each time."""
 
-    def __init__(self, delivery: Delivery, *, told: bool = False):
+    def __init__(self, delivery: Delivery):
         super().__init__(name="mlflow sender", daemon=True)  # a store that hangs must not keep the program from ending
-        self.delivery, self.told = delivery, told
-        self.due, self.ending = threading.Event(), threading.Event()
+        self.delivery, self.told = delivery, False
+        self.due, self.ending, self.tried = threading.Event(), threading.Event(), threading.Event()
+        self.error: Exception | None = None  # of the attempt to open the store
         self.delay = FIRST_DELAY
 
     def wake(self) -> None:
         self.due.set()
 
+    def opened_within(self, seconds: float) -> Exception | None:
+        """Wait until the store is open; the error if it cannot be opened. What is not well is told once."""
+        if not self.tried.wait(seconds):
+            self._failed(f"MLflow has not answered for {seconds:.0f} s")
+            return None
+        if self.error is not None:
+            self._failed(str(self.error) if isinstance(self.error, Damaged) else _away(self.error))
+        return self.error
+
     def run(self) -> None:
+        try:
+            self.delivery.open()
+        except failures() as error:
+            self.error = error
+        self.tried.set()
         while not self.ending.is_set():
             self.due.wait()
             self.due.clear()
@@ -118,14 +138,12 @@ class Sender(threading.Thread):
         self._attempt()
 
     def _attempt(self) -> bool:
-        from mlflow.exceptions import MlflowException
-
         try:
             self.delivery.deliver()
-        except (MlflowException, OSError) as error:
+        except UserError as error:
+            return self._failed(one_line(error))
+        except failures() as error:
             return self._failed(_away(error))
-        except Damaged as error:
-            return self._failed(str(error))
         self.delay = FIRST_DELAY
         return True
 
