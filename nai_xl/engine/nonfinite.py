@@ -118,7 +118,7 @@ class Guard:
         weights = self._weights()
         cause = self._cause(fault, traced, weights)
         if self.policy == "stop" or (self.policy == "skip" and weights.broken):
-            raise UserError(f"{told}. {cause} No weight was moved by it.")
+            raise UserError(f"{told}. {cause} No weight was moved by it; run.on_nonfinite=skip leaves such steps out.")
         if count > self.limit:
             raise UserError(
                 f"{told}. {cause} {count} steps of this run were not finite, more than run.max_nonfinite={self.limit}."
@@ -152,11 +152,10 @@ class Guard:
             return f"The trained weights are not finite themselves ({more}): begin a new run with a lower {rate}."
         if weights.largest > HUGE:
             return f"The weights have grown to {weights.largest:.3g}: begin a new run with a lower {rate}."
-        if self.autocast != "no":
-            wider = "precision=bf16 or precision=fp32" if self.autocast == "fp16" else "precision=fp32"
-            narrow = f"Inputs and weights are finite, so {self.autocast} may be too narrow"
-            return f"{narrow}: set {wider}, or a lower {rate}."
-        return f"Inputs and weights are finite: set a lower {rate}, or look at these images."
+        if self.autocast == "fp16":
+            return f"Inputs and weights are finite, so fp16 may be too narrow: set precision=bf16, or a lower {rate}."
+        wider = " or precision=fp32" if self.autocast == "bf16" else ""
+        return f"Inputs and weights are finite: set a lower {rate}{wider}, or look at these images."
 
     def _weights(self) -> Weights:
         """Collective: one pass over the trained weights."""
