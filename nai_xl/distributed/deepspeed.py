@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from nai_xl.distributed.alone import process_group
-from nai_xl.distributed.plain import become, structure_of
+from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.start import accelerator
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
 from nai_xl.distributed.zero_state import Partitioned, ZeroOptimizer, ZeroWeights
@@ -112,6 +112,7 @@ class Zero2(Ranks):
 
     def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
         assert make is not None, "refuse_beside has refused what updates without an optimizer of its own"
+        row_major(module)
         self.module, self.parameters = module, parameters
         inner = make(parameters)
         ours = {id(p) for p in parameters.values()}

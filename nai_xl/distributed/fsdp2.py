@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from nai_xl.distributed.alone import process_group
-from nai_xl.distributed.plain import become, structure_of
+from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights
 from nai_xl.distributed.start import accelerator
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
@@ -130,8 +130,7 @@ class FullySharded(Ranks):
         from nai_xl.memory.compile import BLOCKS  # with diffusers, which takes seconds to import
 
         before = _bytes(module.parameters())
-        for p in module.parameters():
-            p.data = p.data.contiguous()  # fully_shard takes no other order; convolutions may still compute in NHWC
+        row_major(module)
         self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast alone
         half = any(p.dtype == torch.bfloat16 for p in module.parameters())
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
