@@ -73,7 +73,7 @@ class Session:
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state)
-            self._announce(data, tracker, start, steps)
+            self._announce(data, tracker, start, steps, state.remarks)
             with self._written() as looks:
                 reached = self._loop(data, state, tracker, checkpoints, stop, looks, start, steps)
             if reached < steps:
@@ -189,7 +189,7 @@ class Session:
 
     # --- words --------------------------------------------------------------------------------------------------------
 
-    def _announce(self, data: TrainingData, tracker: Tracker, start: int, steps: int) -> None:
+    def _announce(self, data: TrainingData, tracker: Tracker, start: int, steps: int, remarks: Sequence[str]) -> None:
         """The table, the remarks and the figure that a run begins with."""
         task, run, world = self.spec.task, self.spec.run, self.strategy.world
         per_step = f"{run.batch_size} x {run.grad_accum} x {world} = {run.images_per_step(world)}"
@@ -202,7 +202,7 @@ class Session:
             "results": str(self.home.path),
         }
         self.screen.table("nai_xl", rows)
-        self.screen.say(*task.remarks())
+        self.screen.say(*task.remarks(), *remarks)
         if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
             tracker.figure("method", 0, figure)
 
