@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nai_xl.distributed.alone import process_group
 from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
-from nai_xl.distributed.plain import become, structure_of
+from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.start import joined
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
 from nai_xl.distributed.zero_state import Partitioned, ZeroOptimizer, ZeroWeights
@@ -114,6 +114,7 @@ class Zero2(Ranks):
 
     def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
         assert make is not None, "refuse_beside has refused what updates without an optimizer of its own"
+        row_major(module)
         self.module, self.parameters = module, parameters
         inner = make(parameters)
         ours = {id(p) for p in parameters.values()}

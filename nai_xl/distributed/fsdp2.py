@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from nai_xl.distributed.alone import process_group
 from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
-from nai_xl.distributed.plain import become, structure_of
-from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights
+from nai_xl.distributed.plain import become, row_major, structure_of
+from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights, blocks_of
 from nai_xl.distributed.start import joined
 from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory.action import MemoryAction
+from nai_xl.optimizer import blockwise
 from nai_xl.optimizer.part import Part, in_parts, needs_whole_tensors
 from nai_xl.optimizer.update import WholeUpdate, norm_of
 
@@ -128,14 +129,27 @@ class FullySharded(Ranks):
         self.named = {name: self.parts[p] for name, p in local.items()}
         inner = make(local)
         in_parts(inner, self.parts)
-        return Wrapped(module, local, inner, WholeUpdate(self, inner, inner, local.values(), pace.max_grad_norm))
+        update = WholeUpdate(self, inner, inner, local.values(), pace.max_grad_norm)
+        return Wrapped(module, local, inner, update, self._remarks(inner))
+
+    def _remarks(self, inner: Any) -> list[str]:
+        if not blocks_of(inner):
+            return []
+        whole = [part for part in self.parts.values() if blockwise.fits(torch.empty(part.shape, device="meta"))]
+        cut = [part for part in whole if not part.cut_between(blockwise.BLOCK)]
+        if not cut:
+            return []
+        return [
+            f"optimizer: {len(cut)} of {len(whole)} tensors keep moments in the weights' own type, not in 8 bits: "
+            f"{self.count} processes cut through their blocks of {blockwise.BLOCK}. distributed.shard_size=N cuts "
+            "otherwise."
+        ]
 
     def _shard(self, module: nn.Module) -> None:
         from nai_xl.memory.compile import BLOCKS  # with diffusers, which takes seconds to import
 
         before = _bytes(module.parameters())
-        for p in module.parameters():
-            p.data = p.data.contiguous()  # fully_shard takes no other order; convolutions may still compute in NHWC
+        row_major(module)
         self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast alone
         half = any(p.dtype == torch.bfloat16 for p in module.parameters())
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)

@@ -19,6 +19,13 @@ def structure_of(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): empty(tensor) for tensor in tensors})
 
 
+def row_major(module: nn.Module) -> None:
+    """Store parameters in plain order, since engines cut them. Convolutions may still compute in NHWC."""
+    for p in module.parameters():
+        if p.stride() != torch.empty(p.shape, device="meta").stride():  # 1 x 1 kernels count as both orders
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+
+
 def become(module: nn.Module, other: nn.Module) -> None:
     """Make `module` what `other` is, for all who refer to it."""
     module.__class__ = type(other)

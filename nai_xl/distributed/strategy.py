@@ -68,12 +68,14 @@ class Wrapped:
 
     module: what the loss calls. parameters: name -> what the optimizer moves and the average follows: this rank's rows
     where the network is sharded. optimizer: what is stepped; `update` steps it. None where nothing was to be made.
+    remarks: sentences that a person should read before training.
     """
 
     module: nn.Module
     parameters: Parameters
     optimizer: Any = None
     update: Update | None = None
+    remarks: Sequence[str] = ()
 
 
 class Strategy(Protocol):

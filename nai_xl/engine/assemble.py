@@ -31,6 +31,7 @@ class State:
     lr: LearningRate
     ema: Ema
     meter: Meter
+    remarks: Sequence[str] = ()  # of the strategy: sentences that a person should read before training
 
     def averages(self) -> Mapping[str, Tensor]:
         """Collective. The averaged weights by name: all of them on the first rank."""
@@ -107,6 +108,7 @@ def assemble(
         lr=LearningRate(stepped, lr, steps),
         ema=strategy.keep(ema, trainable.parameters),
         meter=meter,
+        remarks=wrapped.remarks,
     )
 
 

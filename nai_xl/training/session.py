@@ -98,7 +98,7 @@ class Session:
             if strategy.first and continued:  # not before: what is refused leaves the record as it was
                 self.screen.say(*lost_rows(home.path, start, spec.run.log_every))
                 write_config(home.path, spec.cfg)
-            self._announce(data, tracker, start, steps)
+            self._announce(data, tracker, start, steps, state.remarks)
             with self._written() as looks:
                 reached = self._loop(data, state, tracker, checkpoints, looks, start, steps)
             if reached < steps:
@@ -287,7 +287,7 @@ class Session:
 
     # --- words --------------------------------------------------------------------------------------------------------
 
-    def _announce(self, data: TrainingData, tracker: Tracker, start: int, steps: int) -> None:
+    def _announce(self, data: TrainingData, tracker: Tracker, start: int, steps: int, remarks: Sequence[str]) -> None:
         """The table, the remarks and the figure that a run begins with."""
         task, run, world = self.spec.task, self.spec.run, self.strategy.world
         per_step = f"{run.batch_size} x {run.grad_accum} x {world} = {run.images_per_step(world)}"
@@ -304,7 +304,7 @@ class Session:
         if self.left_out:
             rows["environment"] = "\n".join(self.left_out)
         self.screen.table("nai_xl", rows)
-        self.screen.say(*task.remarks())
+        self.screen.say(*task.remarks(), *remarks)
         if world == 1 and self.spec.distributed.several:
             option = self.choices.get("distributed", "ddp")
             self.screen.say(

@@ -7,6 +7,7 @@ one of what every rank found. A fork spares each process the seconds that import
 import copy
 import functools
 import gc
+import importlib
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from common import random_data, shapes, training
 
+from nai_xl import config
 from nai_xl.data.cache import DiskCache
 from nai_xl.distributed.shard import Shard
 from nai_xl.engine.loop import Training
@@ -43,6 +45,19 @@ ENGINES = {
 
 
 network = functools.cache(lambda: tiny_sdxl(seed=0).unet)
+compose = functools.cache(lambda *overrides: config_compose(overrides))
+config_compose = config.compose
+
+
+def composed(overrides: Sequence[str]) -> Any:
+    """A config of these overrides, which takes half a second the first time."""
+    return copy.deepcopy(compose(*overrides))
+
+
+def words(world: int, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run on a world of this size: equal images a step and chunks on all of them."""
+    size = [f"run.batch_size={IMAGES // world}", f"run.chunk={IMAGES}"]
+    return ["tracker=jsonl", *size, "lr.warmup=0", "optimizer.lr=1e-3", *overrides]
 
 
 class Reductions(TorchDispatchMode):
@@ -113,8 +128,7 @@ class Run:
             self.unet.requires_grad_(False)
             self.unet.up_blocks.requires_grad_(True)
         data = random_data(shapes(self.unet, 64), 16, DiskCache(folder / "cache"))
-        own = [f"run.batch_size={IMAGES // world}", f"run.chunk={IMAGES}", "lr.warmup=0", "optimizer.lr=1e-3"]
-        self.settings, self.parts = training(["tracker=jsonl", *own, *overrides], self.unet, data, folder)
+        self.settings, self.parts = training(words(world, overrides), self.unet, data, folder)
         self.number, self.losses, self.norms = start, [], []
         if state:
             for name, part in self.stateful().items():
@@ -224,7 +238,7 @@ def continued(path: Sequence[str], each: int, folder: Path, *overrides: str, sta
             state = run.saved()
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save({**state, "step": start}, folder / "state.pt")
-    return {"losses": losses}
+    return {"losses": losses, "remarks": list(run.parts.state.remarks)}
 
 
 def further(path: Sequence[str], each: int, folder: Path, *overrides: str) -> dict[str, Any]:
@@ -285,9 +299,24 @@ def world_of(world: int, asked: Mapping[str, Sequence[Any]], folder: Path) -> li
     return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
 
 
+def warm(worlds: Sequence[Any], folder: Path) -> None:
+    """Do once, before the forks, what every process would do by itself."""
+    network()
+    config.compose = composed
+    for world, asked in worlds:
+        for what, *arguments in asked.values():
+            engines = [name for name in arguments[:1] for name in ([name] if isinstance(name, str) else name)]
+            more = [word for word in arguments[1:] if isinstance(word, str)]
+            more += ["run.grad_accum=3"] * (what == "accumulated")
+            for engine in engines:
+                composed([f"output_dir={folder}", "evals=[]", *words(world, [*ENGINES[engine], *more])])
+            if any(name.startswith("zero") for name in engines):
+                importlib.import_module("deepspeed")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    network()
     there = Path(sys.argv[1])
     worlds = json.loads((there / "asked.json").read_text())
+    warm(worlds, there)
     (there / "found.json").write_text(json.dumps([world_of(world, asked, there) for world, asked in worlds]))

@@ -110,6 +110,7 @@ def test_a_run_goes_on_from_engine_to_engine_as_if_undisturbed(worlds: Found) ->
 def test_a_run_in_8_bit_goes_on_with_other_cuts(worlds: Found) -> None:
     found = [*worlds[1][0]["8bit"]["losses"], *worlds[2][0]["8bit"]["losses"]]
     assert found == pytest.approx(worlds[0][0]["8bit"]["losses"], rel=1e-4)
+    assert any("cut through their blocks of 256" in remark for remark in worlds[1][0]["8bit"]["remarks"])
 
 
 def test_two_copies_of_two_shards_are_one_run(worlds: Found) -> None:
