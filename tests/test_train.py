@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(small: Compose, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-        patch.setattr("nai_xl.engine.checkpoint.save_file", full)
+        patch.setattr("nai_xl.engine.checkpoint_writer.write_tensors", full)
         run(small("run.max_images=8"))
     run(small("run.max_images=8"))
     assert list(losses(folder)) == [1, 2, 3, 4]
