@@ -37,7 +37,7 @@ from nai_xl.tracker.jsonl import NoTracker
 
 @dataclass
 class Session:
-    """This process's part in one run. choices: group -> option. left_out: what to tell of the environment."""
+    """This process's part in one run. choices: group -> option. environment: what to tell of it."""
 
     spec: Spec
     choices: Mapping[str, str]
@@ -45,7 +45,7 @@ class Session:
     strategy: Strategy
     note: ArmRecord
     stop: Stop
-    left_out: Sequence[str] = ()
+    environment: Sequence[str] = ()
     screen: Screen = field(init=False)
 
     def __post_init__(self) -> None:
@@ -202,8 +202,8 @@ class Session:
             "steps": f"{steps}" + (f", continuing after {start}" if start else ""),
             "results": str(self.home.path),
         }
-        if self.left_out:
-            rows["environment"] = "\n".join(self.left_out)
+        if self.environment:
+            rows["environment"] = "\n".join(self.environment)
         self.screen.table("nai_xl", rows)
         self.screen.say(*task.remarks())
         if world == 1 and self.spec.distributed.several:
