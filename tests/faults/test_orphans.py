@@ -26,7 +26,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def until(true: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 180
     while not true():
         assert time.monotonic() < end, what
         time.sleep(0.05)
