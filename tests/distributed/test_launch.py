@@ -3,9 +3,11 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,3 +90,46 @@ def test_two_nodes_of_which_one_is_killed_and_restarted_train_like_one_process(
     assert re.search(r"error: rank 1 \(.*, pid \d+\) has died; it was: ", "".join(told))
     arm = read_arm(home)
     assert arm and (arm.status, arm.steps, arm.images) == ("FINISHED", 6, 24)
+
+
+@pytest.mark.parametrize(("status", "queued"), [(75, True), (0, False), (1, False)])
+def test_the_slurm_script_queues_a_run_again_that_was_stopped_in_order(
+    status: int, queued: bool, tmp_path: Path
+) -> None:
+    """With stand-ins for SLURM's commands and for python: what the task gets, and what becomes of its status."""
+    stand_ins = {
+        "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> calls.txt; fi',
+        "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"',
+        "python": f'echo "$MASTER_ADDR $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_PORT: $*" > task.txt; exit {status}',
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "42", "SLURM_NTASKS": "16"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm}
+    command = ["bash", str(ROOT / "docs/slurm.sh"), "distributed=ddp", "data.dir=a b"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=30)
+    assert done.returncode == status
+    assert (tmp_path / "task.txt").read_text() == "node7 3 1 16 20042: -m nai_xl.train distributed=ddp data.dir=a b\n"
+    calls = tmp_path / "calls.txt"
+    assert (calls.read_text() == "requeue 42\n") if queued else not calls.exists()
+
+
+def test_the_slurm_script_outlives_the_signals_that_are_for_its_ranks(tmp_path: Path) -> None:
+    stand_ins = {
+        "scontrol": "echo node7",
+        "srun": "trap 'echo asked > asked.txt; exit 0' TERM; touch begun; while true; do sleep 0.05; done",
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node7", "SLURM_JOB_ID": "42", "SLURM_NTASKS": "1"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm}
+    script = subprocess.Popen(["bash", str(ROOT / "docs/slurm.sh")], cwd=tmp_path, env=environment)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.02)
+    script.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert script.poll() is None
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == 0 and (tmp_path / "asked.txt").exists()
