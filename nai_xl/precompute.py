@@ -18,14 +18,14 @@ def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
     quiet_libraries()
     spec = Spec.of(cfg)
     with Stop() as stop:
-        left_out = spec.left_out(choices)
+        environment = spec.environment(choices)
         strategy = spec.start()
         with heartbeat(spec, strategy, stop, record=lambda error: None):
             index = spec.scan()
             spec.task.load(spec.model)
             data = spec.task.prepare(index, spec.cache, strategy, RunDirectory(config.run_dir(cfg, choices)))
     screen = Screen(silent=not strategy.first)
-    screen.say(*(f"environment: {line}" for line in left_out))
+    screen.say(*(f"environment: {line}" for line in environment))
     screen.say(f"cached: {data.counted()}")
     for skip in data.index.skipped:
         screen.say(f"skipped: {skip.path}: {skip.reason}")

@@ -36,10 +36,10 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
     with Stop() as stop, ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():
         home.create()
         decline_restart(note.stopped_at())
-        left_out = spec.left_out(choices)
+        environment = spec.environment(choices)
         strategy = spec.start()
         with heartbeat(spec, strategy, stop, note.end_now):
-            session = Session(spec, choices, home, strategy, note, stop, left_out)
+            session = Session(spec, choices, home, strategy, note, stop, environment)
             index = spec.scan()  # what can be known without the weights has been refused by now
             with held(home) if strategy.first else nullcontext():
                 session.run(index)

@@ -19,7 +19,7 @@ from nai_xl.config.build import holds_target
 from nai_xl.config.groups import of_several, settings
 from nai_xl.data.index import Index
 from nai_xl.distributed.environment import leave_out
-from nai_xl.distributed.launch import refuse_half_a_launch
+from nai_xl.distributed.launch import refuse_half_a_launch, remarks
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State, assemble
 from nai_xl.engine.gpus import find
@@ -116,7 +116,7 @@ class Spec:
     def start(self) -> Strategy:
         """Join the other processes. Raises UserError for settings that do not go with so many of them."""
         refuse_half_a_launch(several=config.declared(type(self.distributed), "several", False))
-        self.left_out({})  # where the caller has not done so, and said it
+        self.environment({})  # where the caller has not done so, and said it
         precision = self.precision.autocast
         strategy: Strategy = self.distributed.start(autocast(self.memory, precision))
         self.run.chunk_size(strategy.world)
@@ -124,15 +124,15 @@ class Spec:
             action.refuse(grad_accum=self.run.grad_accum, precision=precision, world=strategy.world)
         return strategy
 
-    def left_out(self, choices: Mapping[str, str]) -> list[str]:
-        """Leave out what the environment says of how to train. What to tell of it; choices: group -> option."""
+    def environment(self, choices: Mapping[str, str]) -> list[str]:
+        """Leave out what accelerate would take from the environment. What to tell of it; choices: group -> option."""
 
         def asked(key: str) -> list[str]:
             if key in choices:
                 return [part.strip() for part in choices[key].strip("[]").split(",")]
             return [str(OmegaConf.select(self.cfg, key))]
 
-        return leave_out(asked)
+        return [*leave_out(asked), *remarks()]
 
     def scan(self) -> Index:
         """The images. Raises UserError for a model or images that cannot be trained on; no weight is read yet."""

@@ -29,7 +29,7 @@ from nai_xl.distributed import activity
 from nai_xl.distributed.beats import DONE, STOPPED, Beat, Observer, Verdict
 from nai_xl.distributed.launch import SIGNALS, Launcher
 from nai_xl.distributed.strategy import Strategy
-from nai_xl.errors import STOPPED_STATUS, Stopped, UserError, with_kind
+from nai_xl.errors import STOPPED_STATUS, Stopped, UserError, one_line, with_kind
 
 Minutes = Annotated[float, Field(gt=0)]
 TIMEOUT = 15.0  # minutes
@@ -73,7 +73,13 @@ class Exchange:
             port = self.store.port
         port = max(strategy.gather_objects([port]))
         if not strategy.first:
-            self.store = connect(port, is_master=False)
+            try:
+                self.store = connect(port, is_master=False)
+            except DistError as error:
+                raise UserError(
+                    f"rank {self.rank} cannot reach rank 0 at {os.environ['MASTER_ADDR']}:{port}, by which ranks tell "
+                    f"that they are well ({one_line(error)}); let the machines open connections to each other"
+                ) from error
 
     def publish(self, beat: Beat) -> None:
         self.store.set(self.keys[self.rank], json.dumps(asdict(beat)))

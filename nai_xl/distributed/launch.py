@@ -113,11 +113,20 @@ class Launcher:
 
 
 def stopped_before(written: float | None, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a signal has stopped the run in this very launch, of which torchrun is making a restart.
+    """Whether a signal has stopped the run under this very torchrun, which is making a restart.
 
     written: the time at which the run's last stop was recorded, in seconds since the epoch.
     """
-    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or written is None:
-        return False
-    agent = Process.of(nai_xl.PARENT)
-    return agent is not None and written > agent.began
+    agent = Process.of(nai_xl.PARENT) if "TORCHELASTIC_RUN_ID" in environ else None
+    return agent is not None and written is not None and written > agent.began
+
+
+def remarks(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What to say of a launch that is whole and yet not as it should be, a line each."""
+    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return [
+            f"--max-restarts={restarts}: restarts would find the addresses of processes that have ended; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        ]
+    return []

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
@@ -20,30 +21,38 @@ class Stop:
 
     What is written beside the training is written whole, so Stopped is raised at once, except inside `deferred`: there
     `asked` is set, and the work comes to an end by itself. A sweep is deferred from the beginning. A SIGHUP that is
-    ignored when the block begins, as under nohup, stays ignored.
+    ignored when the block begins, as under nohup, stays ignored. SIGUSR2 asks where somebody handles it already, as
+    submitit does to put the job back into the queue; that handler is called when the run has saved.
     """
 
     def __init__(self, *, deferred: bool = False) -> None:
         self.asked = False
+        self.by: int | None = None  # the first signal
         self.later = deferred
         self.answer: Callable[[], bool] | None = None
 
     def __enter__(self) -> Stop:
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         taken = [number for number in SIGNALS if not (number == signal.SIGHUP and ignored)]
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            taken.append(signal.SIGUSR2)
         self.before = {number: signal.signal(number, self._ask) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        queue_again: Any = self.before.get(signal.SIGUSR2)
+        if self.by == signal.SIGUSR2 and queue_again:
+            queue_again(self.by, None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.asked = not self.asked, True
-        if first and not self.later:
-            raise Stopped
+        if not self.asked:
+            self.asked, self.by = True, number
+            if not self.later:
+                raise Stopped
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ from nai_xl.tracker.jsonl import NoTracker
 
 @dataclass
 class Session:
-    """This process's part in one run. choices: group -> option. left_out: what to tell of the environment."""
+    """This process's part in one run. choices: group -> option. environment: what to tell of it."""
 
     spec: Spec
     choices: Mapping[str, str]
@@ -55,7 +55,7 @@ class Session:
     strategy: Strategy
     note: ArmRecord
     stop: Stop
-    left_out: Sequence[str] = ()
+    environment: Sequence[str] = ()
     screen: Screen = field(init=False)
     progress: ProgressRecord = field(init=False)
     pace: PaceState = field(init=False)
@@ -301,8 +301,8 @@ class Session:
             "steps": f"{steps}" + (f", continuing after {start}" if start else ""),
             "results": str(self.home.path),
         }
-        if self.left_out:
-            rows["environment"] = "\n".join(self.left_out)
+        if self.environment:
+            rows["environment"] = "\n".join(self.environment)
         self.screen.table("nai_xl", rows)
         self.screen.say(*task.remarks(), *remarks)
         if world == 1 and self.spec.distributed.several:

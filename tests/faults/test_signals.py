@@ -104,6 +104,25 @@ def test_a_sighup_that_was_ignored_at_the_start_stays_ignored() -> None:
             send(signal.SIGUSR1)
 
 
+def test_a_queue_that_sends_sigusr2_gets_its_turn_when_the_run_has_saved(
+    small: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As submitit does: its handler puts the job back into the queue and ends the process."""
+    found: list[list[str]] = []
+
+    def queue_again(number: int, frame: object) -> None:
+        found.append([path.name for path in tmp_path.glob("whole/*/checkpoints/*")])
+
+    before = signal.signal(signal.SIGUSR2, queue_again)
+    try:
+        monkeypatch.setattr(Meter, "add", once(Meter.add, 2, signal.SIGUSR2))
+        with pytest.raises(Stopped):
+            whole(small, tmp_path)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert found == [["step_00000002"]]
+
+
 def test_encoding_is_left_at_once_and_what_is_encoded_is_kept(
     small: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
