@@ -24,6 +24,7 @@ FLOORS: list[tuple[str, dict[str, str]]] = [
     (
         "ground",
         {
+            "redact": "secrets as ***",
             "errors": "what a user reads",
             "rng": "draws by seed and position",
             "files": "whole or not there",
