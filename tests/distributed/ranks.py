@@ -238,7 +238,7 @@ def continued(path: Sequence[str], each: int, folder: Path, *overrides: str, sta
             state = run.saved()
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save({**state, "step": start}, folder / "state.pt")
-    return {"losses": losses, "remarks": list(run.parts.state.remarks)}
+    return {"losses": losses}
 
 
 def further(path: Sequence[str], each: int, folder: Path, *overrides: str) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from omegaconf import DictConfig
 
 from nai_xl.config.spec import Spec
 from nai_xl.distributed.deepspeed import DeepSpeed
-from nai_xl.distributed.fsdp2 import Fsdp2
+from nai_xl.distributed.fsdp2 import Fsdp2, FullySharded
 from nai_xl.distributed.strategy import Pace
 from nai_xl.errors import UserError
 from nai_xl.memory import process_wide
 from nai_xl.memory.fp8_ff import Fp8FeedForward
-from nai_xl.optimizer.part import needs_whole_tensors
+from nai_xl.optimizer.adamw8bit import AdamW8bit
+from nai_xl.optimizer.part import Part, needs_whole_tensors
 
 SHARING = ["fsdp2", *(["deepspeed_zero2", "deepspeed_zero3"] if importlib.util.find_spec("deepspeed") else [])]
 every_engine = pytest.mark.parametrize("engine", SHARING)
@@ -86,3 +87,13 @@ def test_deepspeeds_settings_are_those_of_the_run() -> None:
 def test_one_process_is_no_multiple_of_two() -> None:
     with process_wide.restored(), pytest.raises(UserError, match=r"distributed\.shard_size=2 does not divide the 1"):
         Fsdp2(shard_size=2).start("no")
+
+
+def test_tensors_that_cannot_have_8_bits_because_of_the_cuts_are_counted() -> None:
+    strategy = object.__new__(FullySharded)  # what a process of four has, without the others
+    even, odd, small = torch.zeros(8, 256), torch.zeros(8, 144), torch.zeros(2)
+    shapes = {even: (32, 256), odd: (32, 144), small: (8,)}
+    strategy.parts, strategy.count = {p: Part(shape, 0, 4) for p, shape in shapes.items()}, 4
+    (remark,) = strategy._remarks(AdamW8bit([torch.nn.Parameter(even)]))
+    assert remark.startswith("optimizer: 1 of 2 tensors") and "distributed.shard_size=N" in remark
+    assert not strategy._remarks(torch.optim.AdamW([even]))
