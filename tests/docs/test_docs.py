@@ -252,3 +252,14 @@ def test_files_and_options_that_a_page_names_exist(path: Path) -> None:
 def test_names_of_the_package_that_a_page_uses_exist(path: Path) -> None:
     for name in re.findall(r"(?<![.\w])nai_xl(?:\.\w+)+", path.read_text()):
         assert pydoc.locate(name) is not None, name
+
+
+def test_every_fault_is_proved_by_a_test_that_exists() -> None:
+    rows = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| fault ", "| --"))]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"([\w/]+\.py)::(test_\w+)", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
