@@ -21,6 +21,8 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
     for name in ("accelerate", "torch.distributed", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # where it is installed, other libraries import it; it sets its level then, and says on a CPU that there is no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
 
