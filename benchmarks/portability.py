@@ -2,7 +2,8 @@
 
 python benchmarks/portability.py [--steps 3] [--into FOLDER]
 
-Every leg is a command of its own, which continues what the leg before has saved: the same images a step and chunk, split otherwise.
+Every leg is a command of its own, which continues what the leg before has saved: the same images a step and the same
+chunk, split otherwise.
 """
 
 from __future__ import annotations
