@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -197,6 +201,24 @@ def whole_batches(dataset: Dataset[T], sampler: RankBatches, *, workers: int) ->
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,
+        worker_init_fn=_outlast_signals,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _outlast_signals(worker: int) -> None:
+    """Called in a worker. A signal to all processes of a group or a job asks the training process to finish its step,
+    and for that it needs its workers: they end when it ends them.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # others cannot tell who has sent a SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,5 +1,8 @@
 """Batches: the same samples for any number of processes, workers and interruptions."""
 
+import multiprocessing
+import signal
+import subprocess
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -96,6 +99,22 @@ def test_latents_are_normalised_by_mean_and_deviation() -> None:
 def test_worker_processes_change_not_a_bit() -> None:
     for found, expected in zip(take(8, workers=2), take(8), strict=True):
         assert_same(found, expected)
+
+
+def test_workers_outlast_signals_to_all_processes_and_end_with_their_loader() -> None:
+    data = encoded()
+    sampler = RankBatches(plan(data, 4), start=0, batch_size=2, rank=0, world=1)
+    read = iter(batches(data, PlainCaptions(0.3), sampler, workers=1))
+    found = [next(read)]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+        subprocess.run(["kill", f"-{number.value}", f"{worker.pid}"], check=True)  # noqa: S603, S607
+    found += islice(read, 7)
+    for one, expected in zip(found, take(8), strict=True):
+        assert_same(one, expected)
+    worker.terminate()  # as a loader does when it is left
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("done", [2, 4, 6, 22])

@@ -190,7 +190,7 @@ class Ranks:
             self.rounds[number].append(flag)
             return lambda: len(self.rounds[number]) == self.world and any(self.rounds[number])
 
-        return SimpleNamespace(world=self.world, whole=False, ask=ask)
+        return SimpleNamespace(world=self.world, lockstep=True, ask=ask)
 
 
 def test_ranks_end_after_the_same_step_although_one_alone_was_asked() -> None:
