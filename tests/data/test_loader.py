@@ -108,7 +108,7 @@ def test_workers_outlast_signals_to_all_processes_and_end_with_their_loader() ->
     found = [next(read)]
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
-        subprocess.run(["kill", f"-{number.value}", f"{worker.pid}"], check=True)  # noqa: S603, S607
+        subprocess.run(["kill", f"-{number.value}", f"{worker.pid}"], check=True)
     found += islice(read, 7)
     for one, expected in zip(found, take(8), strict=True):
         assert_same(one, expected)
