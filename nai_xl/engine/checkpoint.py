@@ -186,21 +186,23 @@ class LocalCheckpoints:
         if self.strategy.first:
             self._tidy()
         self.strategy.wait()
-        saved = self.saved()
-        if not saved:
+        # the names that the first rank sees: a folder on a network may look older to others, who read no checksums
+        names = self.strategy.gather_objects([[path.name for path in self.saved()]])[0]
+        if not names:
             self._refuse_to_begin_anew()
             return 0
-        reader = Reader(saved[-1])
+        newest = self.dir / names[-1]
+        reader = Reader(newest)
         if missing := [name for name in self.stateful if name not in reader.parts]:
             raise UserError(
-                f"{saved[-1]} was made by another configuration: it has no {', '.join(missing)}. Set name=NAME to "
-                "begin a new run"
+                f"{newest} was made by another configuration: it has no {', '.join(missing)}. Set name=NAME to begin a "
+                "new run"
             )
         for name, part in self.stateful.items():
             rows = getattr(type(part), "reads_rows", False)  # optimizers of torch cannot declare it
             part.load_state_dict(reader.part(name, whole=not rows))
         self.unreported = reader.content.get("unreported")
-        return step_of(saved[-1])
+        return step_of(newest)
 
     def _tidy(self) -> None:
         """Remove what killed saves have left; set damaged checkpoints aside, from the newest on until one is whole."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from nai_xl.record.config import read_config
 from nai_xl.record.journal import metrics_of
+from nai_xl.record.json_file import Damaged
 
 
 def curves(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -41,7 +43,9 @@ def lost_rows(run_dir: Path, start: int, log_every: int) -> list[str]:
     """A line on numbers that are gone, for a run that goes on after step `start`: it has reported every log_every steps
     at most. [] where there are none.
     """
-    stored = read_config(run_dir)
+    stored = None
+    with suppress(Damaged):  # this run writes it anew
+        stored = read_config(run_dir)
     period = max(log_every, int(OmegaConf.select(stored, "run.log_every") or 0) if stored else 0)
     reported = max((step for row in metrics_of(run_dir).rows() if (step := int(row["step"])) <= start), default=0)
     if start - reported < period:

@@ -38,6 +38,8 @@ class Pace(NamedTuple):
 def pace_of(run_dir: Path) -> Pace | None:
     """The pace of the newest checkpoint that says it; None where there is none."""
     for state in sorted(RunDirectory(run_dir).checkpoints.glob("step_*/state.json"), reverse=True):
+        if state.parent.suffix:  # not whole yet, or damaged
+            continue
         try:
             found = NOTED.search(state.read_text(encoding="utf-8", errors="replace"))
         except OSError:  # removed meanwhile

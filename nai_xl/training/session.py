@@ -72,8 +72,10 @@ class Session:
         steps = spec.run.steps(len(index.items), strategy.world)
         self.pace.pace.refuse_other(pace_of(home.path), self.pace.wide)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
-        done = checkpoints.latest_step()
-        if done >= steps and self.progress.has_delivered(steps):
+        found = checkpoints.latest_step()
+        # as the first rank finds it: others may have looked before it held the lock, while another process trained
+        done, delivered = strategy.gather_objects([(found, self.progress.has_delivered(steps))])[0]
+        if done >= steps and delivered:
             self._say_finished(done, steps)
             return
         self._refuse_shorter(done, steps)
@@ -95,12 +97,15 @@ class Session:
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
             start = self._restored(checkpoints, state, data)
+            unreported = self._unreported(checkpoints, start)
             if strategy.first and continued:  # not before: what is refused leaves the record as it was
-                self.screen.say(*lost_rows(home.path, start, spec.run.log_every))
+                known = start if unreported is None else start - 1
+                self.screen.say(*lost_rows(home.path, known, spec.run.log_every))
                 write_config(home.path, spec.cfg)
+            tracker.artifact(home.config)
             self._announce(data, tracker, start, steps, state.remarks)
             with self._written() as looks:
-                reached = self._loop(data, state, tracker, checkpoints, looks, start, steps)
+                reached = self._loop(data, state, tracker, checkpoints, looks, start, steps, unreported)
             if reached < steps:
                 raise Stopped(together=True)
             activity.doing("writing the pipeline")
@@ -142,9 +147,11 @@ class Session:
         def go_back() -> int:
             """Everything but the meter, which knows what has been left out, as at the newest checkpoint; its step."""
             checkpoints.finish()
+            said = len(checkpoints.remarks)
             checkpoints.bind(**{name: part for name, part in parts.items() if name != "meter"})
             step = checkpoints.load_latest()
             checkpoints.bind(**parts)
+            self.screen.say(*checkpoints.remarks[said:])
             return step
 
         state.meter.on_fault = Guard(
@@ -164,6 +171,11 @@ class Session:
             self.progress.begin(start if checkpoints.unreported is None else 0)
         return start
 
+    def _unreported(self, checkpoints: Checkpointer, start: int) -> Mapping[str, float] | None:
+        """What step `start` has still to report; None if nothing. All ranks go by what the first finds."""
+        reported = self.strategy.gather_objects([self.progress.has_reported(start)])[0]
+        return None if reported else checkpoints.unreported
+
     def _note_nonfinite(self, **row: Any) -> None:
         """Keep in the run's record what was left out, once however often the run was continued."""
         outbox = outbox_of(self.home.path)
@@ -180,6 +192,7 @@ class Session:
         looks: RunDirectory,
         start: int,
         steps: int,
+        unreported: Mapping[str, float] | None,
     ) -> int:
         """The step reached. looks: where evaluators write."""
         spec, strategy = self.spec, self.strategy
@@ -200,7 +213,6 @@ class Session:
         ]
         for hook in spec.hooks:
             hook.begin(Surroundings(self.home.path, state, tracker, self.screen.say, start, steps))
-        unreported = None if self.progress.has_reported(start) else checkpoints.unreported
         batches = profiler.watch(on_device(read, strategy.device))
         parts = Training(state, spec.task.loss, batches, hooks)
         try:
@@ -278,7 +290,6 @@ class Session:
             with tracker:
                 chosen = {**self.choices, **config.flat(spec.cfg), "data_fingerprint": index.fingerprint()}
                 tracker.params(chosen, {"seed": str(spec.run.seed), "git_commit": git_commit()})
-                tracker.artifact(self.home.config)
                 yield tracker
         except Stopped as stopped:
             if stopped.together:  # torchrun ends all processes soon after the first; the tracker's is done now

@@ -109,6 +109,8 @@ def test_lost_numbers_are_told(tmp_path: Path) -> None:
     assert "is empty: the numbers of steps 1 to 40" in lost_rows(tmp_path, 40, 10)[0]
     path.unlink()
     assert "is gone: the numbers of steps 1 to 40" in lost_rows(tmp_path, 40, 10)[0]
+    (tmp_path / "config.yaml").write_text("run: [")  # damaged, and about to be written anew
+    assert "is gone: the numbers of steps 1 to 40" in lost_rows(tmp_path, 40, 10)[0]
 
 
 def test_an_empty_run_json_is_made_anew_if_the_data_are_known(tmp_path: Path, capsys: Told) -> None:

@@ -57,7 +57,12 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("place", "name", "call"), MOMENTS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_run_killed_at_any_moment_is_completed_by_the_same_command(
-    hurt: Compose, undisturbed: dict[str, Any], place: Any, name: str, call: int
+    hurt: Compose,
+    undisturbed: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    place: Any,
+    name: str,
+    call: int,
 ) -> None:
     def dies() -> None:
         setattr(place, name, at_call(call, kill_me, getattr(place, name)))
@@ -65,6 +70,7 @@ def test_a_run_killed_at_any_moment_is_completed_by_the_same_command(
 
     assert killed(dies) == -signal.SIGKILL
     assert left_by(train(hurt("output_dir=killed"), {})) == undisturbed
+    assert "are lost" not in " ".join(capsys.readouterr().out.split())  # no row is missed that is still to come
 
 
 def two_ctrl_c(*_: Any) -> None:
