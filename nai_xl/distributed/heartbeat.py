@@ -28,6 +28,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from nai_xl.distributed import activity
 from nai_xl.distributed.beats import DONE, STOPPED, Beat, Observer, Verdict
 from nai_xl.distributed.launch import SIGNALS, Launcher
+from nai_xl.distributed.start import joining
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.errors import STOPPED_STATUS, Stopped, UserError, one_line, with_kind
 
@@ -135,9 +136,10 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self.strategy.world > 1:
-            self.exchange, self.ears = Exchange(self.strategy, self.minutes), Ears()
-            self._publish()
-            self.strategy.wait()
+            with joining(self.minutes):  # nobody watches yet
+                self.exchange, self.ears = Exchange(self.strategy, self.minutes), Ears()
+                self._publish()
+                self.strategy.wait()
             self.observer = Observer(self.strategy.rank, self.minutes * 60, time.monotonic())
             self.observer.hear(self.exchange.read(), time.monotonic())
             self._begin(self._talk, self._watch, self._follow_launcher)

@@ -34,7 +34,7 @@ def decline_restart(stopped_at: float | None) -> None:
     torchrun takes every status but 0 for a failure, and begins anew as often as --max-restarts says.
     """
     if stopped_before(stopped_at):
-        print("a signal has stopped this run; the same command goes on, and this restart does not", file=sys.stderr)
+        print("a signal stopped this run: torchrun does not restart it, and the same command goes on", file=sys.stderr)
         raise Stopped(together=True)
 
 

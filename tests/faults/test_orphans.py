@@ -65,7 +65,7 @@ def test_a_restart_of_a_run_that_a_signal_has_stopped_is_declined(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(Stopped):
         decline_restart(began + 1)
-    assert "this restart does not" in capsys.readouterr().err
+    assert "torchrun does not restart it" in capsys.readouterr().err
     decline_restart(None)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from nai_xl.distributed import activity
 from nai_xl.errors import UserError, one_line
 from nai_xl.record.json_file import Damaged
 from nai_xl.redact import redacted
@@ -161,6 +162,7 @@ class Sender(threading.Thread):
         while self.is_alive() and time.monotonic() - moved < PATIENCE:
             self.join(0.5)
             if (position := self._position()) != left:
+                activity.beat("sending what MLflow lacks")  # other ranks wait for this one
                 left, moved = position, time.monotonic()
         if waiting := self.delivery.waiting():
             print(
