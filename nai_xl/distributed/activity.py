@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Activity:
-    """phase, ticks: how far the process is. Equal on all ranks that are equally far. beats: signs of life between.
+    """phase, ticks: how far the process is; two ranks that are equally far have the same. beats: signs of life between.
 
     lockstep: all ranks take part, and only phase, ticks and beats are progress. Otherwise the work of the processor or
     of the disk is progress too. waiting: for other ranks, which are the ones to make progress. held_up: by something

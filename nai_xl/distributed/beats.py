@@ -54,9 +54,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job must end. certain: by nothing but this; else the main thread may meet the same by itself.
+    """Why the job must end.
 
-    frozen: processes of this machine that do not answer.
+    certain: nothing else will end it, so do it at once. Otherwise the main thread gets a while to meet the same error
+    by itself. frozen: processes of this machine that do not answer.
     """
 
     message: str

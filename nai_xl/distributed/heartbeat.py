@@ -215,7 +215,7 @@ class Heartbeat:
                 return
 
     def _end_process(self, verdict: Verdict | None) -> None:
-        """Whatever the main thread is doing. None: after a second Ctrl-C."""
+        """End this process, whatever its main thread is doing. verdict: why; None after a second Ctrl-C."""
         if self.closing.is_set():
             return
         message = None if verdict is None or verdict.stopped else verdict.message

@@ -154,7 +154,7 @@ class _Told:
             where = traceback.extract_tb(trace)[-1]
             raise UserError(
                 f"evals.{self.name} failed at step {self.step}: {with_kind(error)} ({where.filename}:{where.lineno}). "
-                "The weights are not concerned: mend it and run the same command again, which goes on from the last "
+                "It has not touched the weights: mend it and run the same command again, which goes on from the last "
                 f"checkpoint, or leave it out with '~evals.{self.name}'"
             ) from error
 

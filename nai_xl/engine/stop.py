@@ -19,10 +19,11 @@ from nai_xl.errors import Stopped
 class Stop:
     """Inside the block each of SIGNALS asks for an orderly end; a second SIGINT raises KeyboardInterrupt at once.
 
-    What is written beside the training is written whole, so Stopped is raised at once, except inside `deferred`: there
-    `asked` is set, and the work comes to an end by itself. A sweep is deferred from the beginning. A SIGHUP that is
-    ignored when the block begins, as under nohup, stays ignored. SIGUSR2 asks where somebody handles it already, as
-    submitit does to put the job back into the queue; that handler is called when the run has saved.
+    The signal raises Stopped at once, wherever the program is: files are written whole or not at all. Inside `deferred`
+    it only sets `asked`, and the work ends by itself when nothing is half done. A sweep is deferred from the beginning.
+
+    A SIGHUP that is ignored when the block begins, as under nohup, stays ignored. SIGUSR2 counts where somebody handles
+    it already, as submitit does to put the job back into the queue; that handler is called when the run has saved.
     """
 
     def __init__(self, *, deferred: bool = False) -> None:

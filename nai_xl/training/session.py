@@ -146,6 +146,7 @@ class Session:
 
         def go_back() -> int:
             """Everything but the meter, which knows what has been left out, as at the newest checkpoint; its step."""
+            activity.doing("going back to the newest checkpoint")
             checkpoints.finish()
             said = len(checkpoints.remarks)
             checkpoints.bind(**{name: part for name, part in parts.items() if name != "meter"})

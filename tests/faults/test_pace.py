@@ -53,6 +53,10 @@ def old_run(home: Path, pace: Pace, *overrides: str) -> None:
     write_config(home, config.compose(["name=r", *overrides]))
     write_arm(home, Arm(signature=home.name[-8:], status="STOPPED"))
     assert pace_of(home) == pace
+    aside = home / "checkpoints" / "step_00000008.damaged"
+    aside.mkdir()
+    (aside / "state.json").write_text(json.dumps(state).replace(f"{pace.images_per_step}", "99"))
+    assert pace_of(home) == pace
 
 
 def test_a_run_of_several_processes_is_found_where_it_was_begun(
