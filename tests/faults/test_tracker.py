@@ -4,7 +4,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from nai_xl.errors import UserError
 from nai_xl.record.metrics import last_step
 from nai_xl.tracker.mlflow import tracker
 from nai_xl.tracker.mlflow.store import chosen_uri, default_uri
@@ -68,6 +70,13 @@ def test_a_store_that_hangs_is_not_waited_for(
     told, _ = followed(capsys)
     assert "has not answered" in told
     released.set()
+
+
+def test_a_record_that_another_process_sends_for_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nai_xl.tracker.mlflow.delivery.LOCK_SECONDS", 0)
+    Path("run").mkdir()
+    with FileLock("run/.mlflow.lock"), pytest.raises(UserError, match=r"nai_xl\.sync most likely, is sending run"):
+        MlflowTracker(Path("run"))
 
 
 def test_the_environment_names_the_store(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,10 @@ from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
+from nai_xl.errors import UserError
 from nai_xl.files import write_atomically
 from nai_xl.record.config import read_params
 from nai_xl.record.journal import metrics_of, outbox_of
@@ -106,11 +107,20 @@ class Delivery:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold mlflow.json: the run itself and `nai_xl.sync` take turns."""
-        with FileLock(str(self.run_dir / ".mlflow.lock"), timeout=LOCK_SECONDS):
+        """Hold mlflow.json: the run itself and `nai_xl.sync` take turns. Raises UserError where one takes too long."""
+        lock = FileLock(str(self.run_dir / ".mlflow.lock"))
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise UserError(
+                f"another process, nai_xl.sync most likely, is sending {self.run_dir} to MLflow; wait until it ends"
+            ) from error
+        try:
             if known := Progress.read(self.run_dir):
                 self.progress = known
             yield
+        finally:
+            lock.release()
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
