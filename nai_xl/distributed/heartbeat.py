@@ -136,9 +136,9 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self.strategy.world > 1:
-            with joining(self.minutes):  # nobody watches yet
-                self.exchange, self.ears = Exchange(self.strategy, self.minutes), Ears()
-                self._publish()
+            self.exchange, self.ears = Exchange(self.strategy, self.minutes), Ears()
+            self._publish()
+            with joining(self.minutes):  # nobody watches yet, and another rank may have found no way here
                 self.strategy.wait()
             self.observer = Observer(self.strategy.rank, self.minutes * 60, time.monotonic())
             self.observer.hear(self.exchange.read(), time.monotonic())
