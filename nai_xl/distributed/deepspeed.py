@@ -19,10 +19,19 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from nai_xl.distributed.alone import process_group
-from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.start import joined
-from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
+from nai_xl.distributed.strategy import (
+    TIMEOUT,
+    Engine,
+    MakeOptimizer,
+    Minutes,
+    Pace,
+    Parameters,
+    Ranks,
+    Strategy,
+    Wrapped,
+)
 from nai_xl.distributed.zero_state import Partitioned, ZeroOptimizer, ZeroWeights
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful

@@ -19,11 +19,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from nai_xl.distributed.alone import process_group
-from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights, blocks_of
 from nai_xl.distributed.start import joined
-from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
+from nai_xl.distributed.strategy import (
+    TIMEOUT,
+    Engine,
+    MakeOptimizer,
+    Minutes,
+    Pace,
+    Parameters,
+    Ranks,
+    Strategy,
+    Wrapped,
+)
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory.action import MemoryAction
