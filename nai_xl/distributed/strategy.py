@@ -164,6 +164,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def held(self, parameters: Parameters) -> Mapping[str, Tensor]:
+        """What this rank keeps of Wrapped.parameters: all numbers of all of them, over all ranks."""
+        ...
+
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Collective. Each rank passes its part of tensors that are named as Wrapped.parameters, such as averages; the
         first rank gets the whole, other ranks may get nothing.
@@ -195,6 +199,9 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def held(self, parameters: Parameters) -> Mapping[str, Tensor]:
+        return {name: p.detach() for name, p in parameters.items()}
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.world > 1:
