@@ -141,10 +141,9 @@ class Session:
 
         def go_back() -> int:
             """Everything but the meter, which knows what has been left out, as at the newest checkpoint; its step."""
+            checkpoints.finish()
             checkpoints.bind(**{name: part for name, part in parts.items() if name != "meter"})
-            said = len(checkpoints.remarks)
             step = checkpoints.load_latest()
-            self.screen.say(*checkpoints.remarks[said:])
             checkpoints.bind(**parts)
             return step
 
