@@ -118,12 +118,14 @@ def refuse_composed(cfg: DictConfig, overrides: Sequence[str]) -> None:
             f"a yaml names plugins: {own}, and a yaml cannot trust itself; to let it call what lies there, type "
             f"'plugins=[{','.join(dict.fromkeys([*typed, *own]))}]' on the command line"
         )
-    if added := [word for kind in ("task", "hydra") for word in cfg.hydra.overrides[kind] if word not in overrides]:
+    given: Any = OmegaConf.to_container(cfg.hydra.overrides)  # not resolved: as they were typed
+    if added := [word for kind in ("task", "hydra") for word in given[kind] if word not in overrides]:
         raise UserError(f"a yaml sets hydra.overrides: {added}; type them on the command line")
     for key in _overriding_keys(cfg):
         if key == "plugins" or key.startswith("hydra"):
             raise UserError(f"a yaml sweeps {key}, which only the command line may set; type '{key}=...' there")
-    node = _resolved(cfg.hydra)
+    # not those that hold what was typed, and no node that is called
+    node = {key: _resolved(_value(cfg.hydra, key)) for key in cfg.hydra if key not in ("overrides", "job")}
     for target in _targets(node):
         if target not in _of_hydra() and not target.startswith(tuple(f"{name}." for name in typed)):
             package = target.split(".")[0]

@@ -70,6 +70,12 @@ def test_what_hydra_offers_itself_is_trusted(option: str) -> None:
     config.compose([f"hydra/{option}"])
 
 
+def test_interpolations_may_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "of_mine")
+    assert config.compose(["name='run_${run.seed}_${oc.env:MINE}'"]).name == "run_0_of_mine"
+    assert config.compose(["name='${none.${hydra.job.num}}'"])._get_node("name")._value() == "${none.${hydra.job.num}}"
+
+
 def test_what_is_typed_is_trusted(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     content = f"# @package _global_\nplugins: [{HERE}]\nloss: {{_target_: {HERE}.called, _partial_: true}}\n"
