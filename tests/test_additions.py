@@ -97,10 +97,11 @@ ADDITIONS = {
         """,
     "distributed=logged": """
         from nai_xl.distributed.none import SingleProcess
+        from nai_xl.distributed.strategy import Engine
 
         CALLS = []
 
-        class Logged:
+        class Logged(Engine):
             several = False
             changes_weights = False
 
@@ -220,7 +221,9 @@ def test_a_distributed_strategy(add: Add, small: Callable[..., DictConfig]) -> N
     folder = trained(add("distributed=logged"))
     import mine_logged  # type: ignore[import-not-found]
 
-    assert {"wrap", "accumulating", "backward", "average", "kept", "full", "wait", "gather"} <= set(mine_logged.CALLS)
+    assert {"wrap", "accumulating", "backward", "average", "keep", "stateful", "full", "wait", "gather"} <= set(
+        mine_logged.CALLS
+    )
     assert mine_logged.CALLS.count("backward") == 3
     assert losses(folder) == losses(train(small("run.max_images=6", "name=plain"), {}))
 

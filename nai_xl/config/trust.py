@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nai_xl.config.groups import conf_dir
 from nai_xl.errors import UserError
@@ -26,6 +27,10 @@ from nai_xl.errors import UserError
 OPTIMIZERS = ("torch.optim.", "torchao.optim.", "bitsandbytes.optim.")
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "colorlog.ColoredFormatter")
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"  # Hydra's own, and the only one that a yaml may name
+# settings of Hydra's plug-ins that are programs or names of functions
+PROGRAMS = ("hydra.launcher.setup", "hydra.launcher.additional_parameters", "hydra.sweeper.custom_search_space")
+DEEPEST = 40  # levels of a config; one whose interpolations lead in a circle has no end
 
 
 @functools.cache
@@ -113,33 +118,74 @@ def refuse_composed(cfg: DictConfig, overrides: Sequence[str]) -> None:
             f"a yaml names plugins: {own}, and a yaml cannot trust itself; to let it call what lies there, type "
             f"'plugins=[{','.join(dict.fromkeys([*typed, *own]))}]' on the command line"
         )
+    given: Any = OmegaConf.to_container(cfg.hydra.overrides)  # not resolved: as they were typed
+    if added := [word for kind in ("task", "hydra") for word in given[kind] if word not in overrides]:
+        raise UserError(f"a yaml sets hydra.overrides: {added}; type them on the command line")
     for key in _overriding_keys(cfg):
         if key == "plugins" or key.startswith("hydra"):
             raise UserError(f"a yaml sweeps {key}, which only the command line may set; type '{key}=...' there")
-    for target in _targets(cfg.hydra):
+    # not those that hold what was typed, and no node that is called
+    node = {key: _resolved(_value(cfg.hydra, key)) for key in cfg.hydra if key not in ("overrides", "job")}
+    for target in _targets(node):
         if target not in _of_hydra() and not target.startswith(tuple(f"{name}." for name in typed)):
             package = target.split(".")[0]
             raise UserError(
                 f"hydra: _target_ {target} is no plug-in of Hydra; to allow it type 'plugins=[{package}]' on the "
                 "command line"
             )
-    for value in [*_calls_of_logging(cfg.hydra.job_logging), *_calls_of_logging(cfg.hydra.hydra_logging)]:
-        raise UserError(f"hydra: logging would call {value}; leave it out of the yaml")
-    if cfg.hydra.job.env_set and not any(word.lstrip("+").startswith("hydra.job.env_") for word in overrides):
+    for value in [*_calls_of_logging(node["job_logging"]), *_calls_of_logging(node["hydra_logging"])]:
+        raise UserError(f"hydra: logging would call or open {value}; leave it out of the yaml")
+    _refuse_programs(cfg, overrides)
+
+
+def _refuse_programs(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError for what other programs would do or read, unless the command line says it."""
+
+    def typed(key: str) -> bool:
+        return any(word.lstrip("+").startswith(key) for word in overrides)
+
+    for key in PROGRAMS:
+        if OmegaConf.select(cfg, key, throw_on_missing=False) and not typed(key):
+            raise UserError(f"a yaml sets {key}, which names a program; only the command line may: type '{key}=...'")
+    if cfg.hydra.job.env_set.keys() - set(cfg.hydra.job.env_copy) and not typed("hydra.job.env_set"):
         raise UserError("a yaml sets hydra.job.env_set; only the command line may set what other programs read")
 
 
 def _overriding_keys(cfg: DictConfig) -> Iterator[str]:
     """The keys that yaml files sweep: they become overrides of each arm, as if they had been typed."""
-    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    swept = (OmegaConf.select(cfg, f"hydra.sweeper.{name}") for name in ("params", "search_space"))  # optuna has both
     arms = OmegaConf.select(cfg, "sweep.arms") or []
-    yield from (str(key).lstrip("+~") for node in [params, *arms] if isinstance(node, DictConfig) for key in node)
+    yield from (str(key).lstrip("+~") for node in [*swept, *arms] if isinstance(node, DictConfig) for key in node)
+
+
+def _resolved(node: Any, depth: int = 0) -> Any:
+    """A node as plain dicts and lists. An interpolation stands for what it leads to, which may be a node; one that
+    cannot be resolved yet stays as it is written.
+
+    Raises UserError for one whose name depends on another that is not known yet: it could lead anywhere.
+    """
+    if depth > DEEPEST:
+        raise UserError("hydra: the settings of a yaml have no end; leave out the interpolation that leads in a circle")
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
+    found = {key: _resolved(_value(node, key), depth + 1) for key in keys}
+    return found if isinstance(node, DictConfig) else [*found.values()]
+
+
+def _value(node: DictConfig | ListConfig, key: Any) -> Any:
+    try:
+        return node[key]
+    except OmegaConfBaseException:
+        written: Any = node._get_node(key)
+        text = str(written._value())
+        if re.search(r"\$\{[^}]*\$\{", text):
+            raise UserError(f"hydra: {text} cannot be resolved before the run; write out what it stands for") from None
+        return text
 
 
 def _targets(node: Any) -> Iterator[str]:
-    """Every target below a node, as it is written: an interpolation is none that is known."""
-    if isinstance(node, DictConfig | ListConfig):
-        node = OmegaConf.to_container(node)
+    """Every target below a node of plain dicts and lists."""
     if isinstance(node, dict) and "_target_" in node:
         yield str(node["_target_"])
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
@@ -151,18 +197,20 @@ def _of_hydra() -> frozenset[str]:
 
     def registered(tree: Any) -> Iterator[str]:
         for item in tree.values():
-            yield from _targets(item.node) if isinstance(item, ConfigNode) else registered(item)
+            yield from _targets(_resolved(item.node)) if isinstance(item, ConfigNode) else registered(item)
 
     return options() | frozenset(registered(ConfigStore.instance().repo.get("hydra", {})))
 
 
 def _calls_of_logging(node: Any) -> Iterator[str]:
-    """What a set-up of logging would call or import beside the usual handlers and streams."""
-    content: Any = OmegaConf.to_container(node) if isinstance(node, DictConfig) else node
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    """What a set-up of logging would call, import or open beside the usual handlers, streams and Hydra's own file."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         called = key in ("()", "class") and value not in HANDLERS
-        if called or (isinstance(value, str) and value.startswith("ext://") and value not in STREAMS):
+        opened = key == "filename" and value != LOG_FILE
+        imported = isinstance(value, str) and value.startswith("ext://") and value not in STREAMS
+        unknown = isinstance(value, str) and "${" in value and key != "filename"
+        if called or opened or imported or unknown:
             yield str(value)
         yield from _calls_of_logging(value)
 

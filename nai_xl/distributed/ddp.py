@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from accelerate import DistributedDataParallelKwargs
 
-from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.start import joined
-from nai_xl.distributed.strategy import DataParallel, Engine, Strategy
+from nai_xl.distributed.strategy import TIMEOUT, DataParallel, Engine, Minutes, Strategy
 from nai_xl.interfaces import Precision
 
 

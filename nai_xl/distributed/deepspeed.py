@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,13 +20,23 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from nai_xl.distributed.alone import process_group
-from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.start import joined
-from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
+from nai_xl.distributed.strategy import (
+    TIMEOUT,
+    Engine,
+    MakeOptimizer,
+    Minutes,
+    Pace,
+    Parameters,
+    Ranks,
+    Strategy,
+    Wrapped,
+)
 from nai_xl.distributed.zero_state import Partitioned, ZeroOptimizer, ZeroWeights
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
+from nai_xl.memory import process_wide
 from nai_xl.memory.action import MemoryAction
 from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.part import needs_whole_tensors
@@ -84,6 +95,9 @@ class DeepSpeed(Engine):
         AcceleratorState._reset_state(reset_partial_state=True)
         group = joined(precision, self.timeout)
         process_group(group.device.type)
+        if "LOCAL_RANK" not in os.environ:  # DeepSpeed reads it, also where no launcher has put it there
+            os.environ["LOCAL_RANK"] = "0"
+            process_wide.afterwards(lambda: os.environ.pop("LOCAL_RANK", None))
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         return (Zero2 if self.stage == 2 else Zero3)(group)
 
@@ -126,6 +140,8 @@ class Zero2(Ranks):
         self.groups = [list(group["params"]) for group in inner.param_groups]
         self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)  # autocast alone
         deepspeed = importlib.import_module("deepspeed")  # an optional dependency, slow to import
+        # DeepSpeed keeps its copy of the group of all processes, which may be that of an earlier run, and closed
+        process_wide.change(importlib.import_module("deepspeed.utils.groups"), "_WORLD_GROUP", None)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=inner, config=self.config(pace))
         self.inner = inner
         return Wrapped(self.engine, parameters, inner, self.update)
@@ -218,8 +234,11 @@ class Zero3(Zero2):
         return super().wrap(module, parameters, make, pace)
 
     def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        return Partitioned(self, ema(parameters=self.held(parameters)))
+
+    def held(self, parameters: Parameters) -> Mapping[str, Tensor]:
         parts: Mapping[str, Any] = parameters
-        return Partitioned(self, ema(parameters={name: p.ds_tensor for name, p in parts.items()}))
+        return {name: p.ds_tensor for name, p in parts.items()}
 
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """On the first rank's CPU, one tensor after the other; {} on other ranks."""

@@ -19,11 +19,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from nai_xl.distributed.alone import process_group
-from nai_xl.distributed.heartbeat import TIMEOUT, Minutes
 from nai_xl.distributed.plain import become, row_major, structure_of
 from nai_xl.distributed.rows import ShardedEma, ShardedOptimizer, ShardedWeights, blocks_of
 from nai_xl.distributed.start import joined
-from nai_xl.distributed.strategy import Engine, MakeOptimizer, Pace, Parameters, Ranks, Strategy, Wrapped
+from nai_xl.distributed.strategy import (
+    TIMEOUT,
+    Engine,
+    MakeOptimizer,
+    Minutes,
+    Pace,
+    Parameters,
+    Ranks,
+    Strategy,
+    Wrapped,
+)
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory.action import MemoryAction
@@ -108,6 +117,7 @@ class FullySharded(Ranks):
     scaler: None = None
     parts: dict[Tensor, Part] = field(default_factory=dict, init=False)  # of local tensors
     named: dict[str, Part] = field(default_factory=dict, init=False)  # by the names of what is trained
+    inner: Any = field(default=None, init=False)  # the optimizer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +137,7 @@ class FullySharded(Ranks):
         local = {name: self._local(p) for name, p in self.shared.items()}
         self.parts = {local[name]: self._part(p) for name, p in self.shared.items()}
         self.named = {name: self.parts[p] for name, p in local.items()}
-        inner = make(local)
+        self.inner = inner = make(local)
         in_parts(inner, self.parts)
         update = WholeUpdate(self, inner, inner, local.values(), pace.max_grad_norm)
         return Wrapped(module, local, inner, update, self._remarks(inner))
@@ -196,8 +206,7 @@ class FullySharded(Ranks):
     def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], parameter: nn.Parameter) -> None:
         with self.accumulating(module, last=True):
             loss().backward()
-        for local in self.parts:
-            local.grad = None
+        self.inner.zero_grad()  # of what is learned beside the network, too
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """All shards of one copy together; other copies have the same."""

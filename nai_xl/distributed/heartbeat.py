@@ -19,10 +19,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
-from pydantic import Field
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from nai_xl.distributed import activity
@@ -32,8 +31,6 @@ from nai_xl.distributed.start import joining
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.errors import STOPPED_STATUS, Stopped, UserError, one_line, with_kind
 
-Minutes = Annotated[float, Field(gt=0)]
-TIMEOUT = 15.0  # minutes
 GRACE = 10.0  # seconds in which the main thread may meet the end of another rank by itself
 
 

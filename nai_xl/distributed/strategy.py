@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import Field
 from torch import Tensor, nn
 
 from nai_xl.distributed import activity
@@ -28,17 +29,21 @@ from nai_xl.optimizer.update import Update, WholeUpdate, norm_of
 T = TypeVar("T")
 Parameters = Mapping[str, nn.Parameter]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
+Minutes = Annotated[float, Field(gt=0)]
+TIMEOUT = 15.0  # minutes
 
 
 class Engine:
     """What an option of the group `distributed` is.
 
     several: whether it can use more than one process. shards: whether a process keeps a part of the model only.
+    timeout: minutes that a process may be silent, or all of them without progress, until the run ends.
     """
 
     several: ClassVar[bool]
     shards: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False  # by roundings at most
+    timeout: Minutes = TIMEOUT
 
     def refuse_beside(
         self, actions: Sequence[MemoryAction], optimizer: Callable[..., Any], precision: Precision
@@ -159,6 +164,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def held(self, parameters: Parameters) -> Mapping[str, Tensor]:
+        """What this rank keeps of Wrapped.parameters: all numbers of all of them, over all ranks."""
+        ...
+
     def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Collective. Each rank passes its part of tensors that are named as Wrapped.parameters, such as averages; the
         first rank gets the whole, other ranks may get nothing.
@@ -190,6 +199,9 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def held(self, parameters: Parameters) -> Mapping[str, Tensor]:
+        return {name: p.detach() for name, p in parameters.items()}
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.world > 1:

@@ -21,6 +21,8 @@ from nai_xl.interfaces import Checkpointer, Direction, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.progress import ProgressRecord
 
+LEARNING_RATE = "train/lr"  # part of every report of the training itself, on every rank
+
 
 class NoHook:
     """A hook that does nothing. Subclasses override what they need."""
@@ -175,7 +177,7 @@ class KeepBest(NoHook):
     best: float | None
 
     def __call__(self, step: int, values: dict[str, float], *, last: bool) -> None:
-        measured = self.owner in due(self.evaluators, step, last=last) if self.owner else bool(values)
+        measured = self.owner in due(self.evaluators, step, last=last) if self.owner else LEARNING_RATE in values
         if not measured:
             return
         if self.strategy.first and self.metric not in values:

@@ -118,7 +118,8 @@ class Guard:
         weights = self._weights()
         cause = self._cause(fault, traced, weights)
         if self.policy == "stop" or (self.policy == "skip" and weights.broken):
-            raise UserError(f"{told}. {cause} No weight was moved by it; run.on_nonfinite=skip leaves such steps out.")
+            skip = "" if weights.broken else " No weight was moved by it; run.on_nonfinite=skip leaves such steps out."
+            raise UserError(f"{told}. {cause}{skip}")
         if count > self.limit:
             raise UserError(
                 f"{told}. {cause} {count} steps of this run were not finite, more than run.max_nonfinite={self.limit}."
@@ -159,8 +160,8 @@ class Guard:
 
     def _weights(self) -> Weights:
         """Collective: one pass over the trained weights."""
-        parameters = self.state.trainable.parameters
-        norms = {name: largest(p.detach()) for name, p in parameters.items()}
+        held = self.state.strategy.held(self.state.trainable.parameters)
+        norms = {name: largest(tensor) for name, tensor in held.items()}
         broken = [name for name, norm in norms.items() if not norm.isfinite()]
         broken = list(dict.fromkeys(self.state.strategy.gather_objects(broken)))
         finite = [norm.item() for norm in norms.values() if norm.isfinite()]

@@ -57,6 +57,7 @@ class RunPlan:
     forward: Mapping[Bucket, int]  # FLOPs of one image
     half: bool  # computes in 16 bits
     ema_on_host: bool
+    shards: bool = False  # the engine shares the model out, which the footprint does not take off
 
     @property
     def images(self) -> int | None:
@@ -110,7 +111,8 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     footprint = rehearsal.run(Micro(settings.batch_size, worst.height, worst.width, tokens, precision, keeps))
     half = computed != "no" or any(action.weights_in is not None for action in actions)
     forward = by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
-    return RunPlan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host)
+    shards = build(cfg.distributed).shards
+    return RunPlan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host, shards)
 
 
 def refuse_unplanned(choices: Mapping[str, str]) -> None:

@@ -103,6 +103,11 @@ def sentences(plan: RunPlan, gpus: Sequence[Gpu], machines: Machines) -> Iterato
         f"images/s assumes {machines.utilisation:.0%} of the card's dense bf16 peak for all that is computed, "
         "recomputation included; --utilisation changes it. MFU counts 3 forward passes an image."
     )
+    if plan.shards:
+        yield (
+            "memory is that of a process which keeps the whole model: what "
+            f"distributed={plan.choices['distributed']} shares out is not taken off (docs/distributed.md)"
+        )
     if not plan.half:
         yield "float32 throughout: no speed is expected of it; set precision=bf16"
     if plan.images is None:

@@ -76,6 +76,7 @@ class TextToImage:
     evals: Sequence[Evaluator]
     native: Native
     components: Components = field(init=False, repr=False)
+    size: int = field(init=False, repr=False)  # parameters of the UNet
 
     def __post_init__(self) -> None:
         edge = self.native.resolution
@@ -91,6 +92,7 @@ class TextToImage:
     def load(self, model: Callable[[], Components]) -> nn.Module:
         self.components = model()
         network: nn.Module = self.components.unet
+        self.size = sum(p.numel() for p in network.parameters())  # an engine may share them out
         return network
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -196,9 +198,7 @@ class TextToImage:
         )
 
     def described(self) -> Mapping[str, str]:
-        unet = self.components.unet
-        parameters = sum(p.numel() for p in unet.parameters())
-        return {"UNet": f"{parameters:,} parameters on {next(unet.parameters()).device}"}
+        return {"UNet": f"{self.size:,} parameters on {next(self.components.unet.parameters()).device}"}
 
     def remarks(self) -> Iterable[str]:
         return sentences(self.on_native, self.native.resolution)

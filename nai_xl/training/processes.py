@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 from nai_xl.config.spec import Spec
 from nai_xl.distributed import activity
-from nai_xl.distributed.heartbeat import TIMEOUT, Heartbeat
+from nai_xl.distributed.heartbeat import Heartbeat
 from nai_xl.distributed.launch import SWEEP, stopped_before
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.stop import Stop
@@ -23,8 +23,7 @@ PATIENCE = 300.0  # seconds in which an arm that a killed sweep has left behind 
 def heartbeat(spec: Spec, strategy: Strategy, stop: Stop, record: Callable[[str | None], None]) -> Iterator[None]:
     """Around all that a run does with `strategy`. record: see Heartbeat."""
     activity.doing("reading the index of the images")
-    minutes = spec.distributed.timeout if strategy.world > 1 else TIMEOUT
-    with Heartbeat(strategy, minutes, record), stop.then_quiet():
+    with Heartbeat(strategy, spec.distributed.timeout, record), stop.then_quiet():
         yield
 
 

@@ -29,6 +29,7 @@ from nai_xl import config
 from nai_xl.data.cache import DiskCache
 from nai_xl.distributed.shard import Shard
 from nai_xl.engine.loop import Training
+from nai_xl.engine.nonfinite import Guard
 from nai_xl.errors import UserError
 from nai_xl.memory import process_wide
 from nai_xl.model.tiny import tiny_sdxl
@@ -195,6 +196,8 @@ def plain(engine: str, folder: Path, *overrides: str, frozen: bool = False) -> d
     run = Run([*ENGINES[engine], *overrides], folder, frozen=frozen)
     strategy, module = run.parts.state.strategy, run.parts.state.trainable.module
     parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]
+    unknown: Any = None
+    weights = Guard("stop", 0, run.parts.state, unknown, "no", unknown, unknown, unknown)._weights()
     held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parts)
     sharded = all(isinstance(p, DTensor) for p in module.parameters())
     run.steps(2)
@@ -205,7 +208,8 @@ def plain(engine: str, folder: Path, *overrides: str, frozen: bool = False) -> d
     run.step(spoil=float("nan") if strategy.rank == strategy.world - 1 else 1.0 + 1e-9)
     moved = different(before, run.saved())
     return {
-        "losses": run.losses, "norms": told, "bytes": held, "dtensors": sharded, "looked": seen, "moved": moved,
+        "losses": run.losses, "norms": told, "bytes": held, "largest": weights.largest, "dtensors": sharded,
+        "looked": seen, "moved": moved,
         "spoiled": str(run.norms[-1]), "delivered": run.delivered(),
         "plain": not any(isinstance(p, DTensor) for p in run.unet.parameters()),
     }  # fmt: skip

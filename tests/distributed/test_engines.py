@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from nai_xl.distributed.fsdp2 import Fsdp2
+from nai_xl.distributed.strategy import Pace
+from nai_xl.memory import process_wide
 
 ROOT = Path(__file__).parents[2]
 ZERO = ["zero2", "zero3"] if importlib.util.find_spec("deepspeed") else []
@@ -62,6 +67,7 @@ def test_losses_norms_samples_and_what_is_delivered_are_those_of_one_process(wor
     agree(ranks, alone)
     delivers(ranks, alone)
     assert all(rank["bytes"] == pytest.approx(alone["bytes"] * SHARES[engine], rel=0.01) for rank in ranks)
+    assert all(rank["largest"] == alone["largest"] > 0 for rank in ranks)  # what a report of a fault looks at
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", *ZERO])
@@ -118,3 +124,14 @@ def test_two_copies_of_two_shards_are_one_run(worlds: Found) -> None:
     delivers(ranks, alone)
     assert all(rank["bytes"] == pytest.approx(alone["bytes"] / 2, rel=0.01) for rank in ranks)
     assert all(rank["spoiled"] == "nan" and not rank["moved"] for rank in ranks)
+
+
+def test_a_rehearsal_leaves_no_gradient_of_what_is_learned_beside_the_network() -> None:
+    module, learned = torch.nn.Linear(4, 4), torch.nn.Parameter(torch.ones(()))
+    with process_wide.restored():
+        strategy = Fsdp2().start("no")
+        names = dict(module.named_parameters())
+        wrapped = strategy.wrap(module, names, lambda p: torch.optim.SGD([*p.values(), learned]), Pace())
+        first = next(iter(names.values()))
+        strategy.rehearse(wrapped.module, lambda: learned * wrapped.module(torch.ones(1, 4)).sum(), first)
+        assert all(p.grad is None for p in [*wrapped.parameters.values(), *module.parameters(), learned])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nai_xl.engine.hooks import Evaluate
+from nai_xl.engine.hooks import Evaluate, KeepBest
 from nai_xl.errors import UserError
 
 
@@ -26,3 +26,15 @@ def test_an_evaluators_bug_is_told_by_the_key_of_the_evaluator_with_its_place_an
     with pytest.raises(UserError, match=words) as raised:
         evaluate(1, {}, last=False)
     assert isinstance(raised.value.__cause__, ValueError) and "'~evals.mine'" in str(raised.value)
+
+
+def test_the_best_training_loss_is_asked_for_where_the_training_reports_alone() -> None:
+    kept = []
+    checkpoints = SimpleNamespace(keep_best=lambda step, value: kept.append((step, value)))
+    save = SimpleNamespace(save=lambda step, values: None, checkpoints=checkpoints)
+    strategy = SimpleNamespace(first=True, any=bool)
+    best: Any = KeepBest(save, "train/loss", "lower", None, {}, strategy, None)  # type: ignore[arg-type]
+    best(5, {"val/loss": 1.0}, last=False)  # an evaluator's turn
+    best(10, {"train/loss": 0.5, "train/lr": 1e-4}, last=False)
+    best(20, {"train/loss": 0.6, "train/lr": 1e-4}, last=False)
+    assert kept == [(10, 0.5)]

@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite: no weight moves, the cause is named, and the run can go on."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -268,3 +269,16 @@ def test_numbers_that_an_earlier_version_saved_do_not_fail_every_later_start(
     meter.add_grad_norm(torch.tensor([2.0]), 2)
     values = meter.read(lr=1)
     assert (values["train/loss"], values["train/grad_norm"]) == (1, 2)
+
+
+ENGINES = ["fsdp2", *(["deepspeed_zero2", "deepspeed_zero3"] if importlib.util.find_spec("deepspeed") else [])]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_shards_goes_back_as_one_process_does(
+    small: Compose, poison: Callable[..., Path], engine: str
+) -> None:
+    poison()
+    words = [*COMMON, "run.log_every=1", "run.on_nonfinite=rewind"]
+    home, alone = run(small(*words, f"distributed={engine}", "name=shards")), run(small(*words))
+    assert bad_steps(home) == [BAD] and losses(home) == pytest.approx(losses(alone), rel=1e-4)

@@ -24,6 +24,15 @@ YAMLS = {
     "a callback by another name": f"name: {HERE}.called\nhydra: {{callbacks: {{mine: {{_target_: '${{name}}'}}}}}}",
     "a handler": f"hydra: {{job_logging: {{version: 1, handlers: {{a: {{'()': {HERE}.called}}}}}}}}",
     "a stream": f"hydra: {{hydra_logging: {{version: 1, handlers: {{a: {{stream: 'ext://{HERE}.called'}}}}}}}}",
+    "a callback that stands elsewhere": f"mine: {{_target_: {HERE}.called}}\nhydra: {{callbacks: {{a: '${{mine}}'}}}}",
+    "a callback that is put together": f"hydra: {{callbacks: {{a: '${{oc.create:{{_target_: {HERE}.called}}}}'}}}}",
+    "a callback of a later name": "hydra: {callbacks: {a: '${mine.${hydra.job.num}}'}}",
+    "a circle": "one: {a: '${other}'}\nother: {b: '${one}'}\nhydra: {callbacks: {a: '${one}'}}",
+    "a handler that stands elsewhere": (
+        f"mine: {{'()': {HERE}.called}}\nhydra: {{job_logging: {{version: 1, handlers: {{a: '${{mine}}'}}}}}}"
+    ),
+    "a file": ("hydra: {job_logging: {version: 1, handlers: {a: {filename: '${oc.env:HOME}/.rc'}}}}"),
+    "overrides": f"hydra: {{overrides: {{hydra: ['plugins=[{HERE}]']}}}}",
     "an arm": f"sweep: {{arms: [{{plugins: '[{HERE}]', loss._target_: {HERE}.called}}]}}",
     "a swept key": f"hydra: {{sweeper: {{params: {{plugins: '[{HERE}]'}}}}}}",
     "the environment": "hydra: {job: {env_set: {PATH: .}}}",
@@ -34,9 +43,37 @@ YAMLS = {
 def test_a_yaml_does_not_trust_itself(content: str, tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "stranger.yaml").write_text(f"# @package _global_\n{content}\n")
-    with pytest.raises(UserError, match=r"command line|leave it out") as refused:
+    with pytest.raises(UserError, match=r"command line|leave it out|leave out|write out") as refused:
         config.compose([config.further(tmp_path), "recipe=stranger"])
     assert "\n" not in str(refused.value) and not CALLED
+
+
+@pytest.mark.parametrize(
+    ("group", "parent", "setting"),
+    [
+        ("hydra/launcher", "submitit_slurm", "setup: [echo]"),
+        ("hydra/sweeper", "optuna", f"custom_search_space: {HERE}.called"),
+    ],
+)
+def test_a_yaml_hands_no_program_to_a_plug_in_of_hydra(group: str, parent: str, setting: str, tmp_path: Path) -> None:
+    (tmp_path / group).mkdir(parents=True)
+    (tmp_path / group / "theirs.yaml").write_text(f"defaults: [{parent}, _self_]\n{setting}\n")
+    words = [config.further(tmp_path), f"{group}=theirs"]
+    with pytest.raises(UserError, match="only the command line may"):
+        config.compose(words)
+    key, _, value = setting.partition(": ")
+    config.compose([*words, f"{group.replace('/', '.')}.{key}={value}"])
+
+
+@pytest.mark.parametrize("option", ["job_logging=default", "hydra_logging=default", "launcher=submitit_slurm"])
+def test_what_hydra_offers_itself_is_trusted(option: str) -> None:
+    config.compose([f"hydra/{option}"])
+
+
+def test_interpolations_may_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "of_mine")
+    assert config.compose(["name='run_${run.seed}_${oc.env:MINE}'"]).name == "run_0_of_mine"
+    assert config.compose(["name='${none.${hydra.job.num}}'"])._get_node("name")._value() == "${none.${hydra.job.num}}"
 
 
 def test_what_is_typed_is_trusted(tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ def test_the_numbers_of_several_plans_say_whose_they_are(told: Callable[..., str
     assert "optimizer_in_backward cannot accumulate" in refused["refused"] and "needed" not in refused
 
 
+def test_what_an_engine_shares_out_is_said_not_to_be_taken_off(told: Callable[..., str]) -> None:
+    assert "distributed=fsdp2 shares out is not taken off" in " ".join(told("distributed=fsdp2").split())
+
+
 def test_mistakes_are_told(told: Callable[..., str]) -> None:
     assert "did you mean 'gpu_24gb'" in told("hardware=gpu_24g", status=1)
     assert "no parameter 'beta'" in told("optimizer.beta=1", status=1)
