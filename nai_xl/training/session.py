@@ -23,7 +23,6 @@ from nai_xl.engine.checkpoint import PaceState
 from nai_xl.engine.console import Screen
 from nai_xl.engine.hooks import Evaluate, KeepBest, MarkReported, Profile, Report, Save, Surroundings
 from nai_xl.engine.loop import Hook, Training, train
-from nai_xl.engine.nonfinite import Guard
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
 from nai_xl.engine.stop import Stop
@@ -35,7 +34,6 @@ from nai_xl.profiler.advice import Setup
 from nai_xl.profiler.profiler import NoProfiler, Profiler
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.config import write_config
-from nai_xl.record.journal import now, outbox_of
 from nai_xl.record.metrics import lost_rows
 from nai_xl.record.pace import Pace, pace_of
 from nai_xl.record.progress import ProgressRecord
@@ -43,6 +41,7 @@ from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
 from nai_xl.tracker.jsonl import NoTracker
+from nai_xl.training.restoring import Restoring
 
 
 @dataclass
@@ -96,8 +95,8 @@ class Session:
             trainable = spec.adapter(network)
             self._act_on(trainable)
             state = spec.assemble(trainable, strategy, data, steps)
-            start = self._restored(checkpoints, state, data)
-            unreported = self._unreported(checkpoints, start)
+            restoring = Restoring(spec, home, self.screen, self.progress, self.pace, checkpoints, state, data)
+            start, unreported = restoring.begin()
             if strategy.first and continued:  # not before: what is refused leaves the record as it was
                 known = start if unreported is None else start - 1
                 self.screen.say(*lost_rows(home.path, known, spec.run.log_every))
@@ -138,51 +137,6 @@ class Session:
             if any(id(parameter) not in there for parameter in trainable.parameters.values()):
                 name = type(action).__name__
                 raise UserError(f"memory: {name} replaces parameters that are trained; leave it out of 'memory=[...]'")
-
-    def _restored(self, checkpoints: Checkpointer, state: State, data: TrainingData) -> int:
-        """Bind what a checkpoint holds, and load the newest: the step at which it was made."""
-        run = self.spec.run
-        parts = {"pace": self.pace, **self.spec.task.stateful(), **state.stateful()}
-
-        def go_back() -> int:
-            """Everything but the meter, which knows what has been left out, as at the newest checkpoint; its step."""
-            activity.doing("going back to the newest checkpoint")
-            checkpoints.finish()
-            said = len(checkpoints.remarks)
-            checkpoints.bind(**{name: part for name, part in parts.items() if name != "meter"})
-            step = checkpoints.load_latest()
-            checkpoints.bind(**parts)
-            self.screen.say(*checkpoints.remarks[said:])
-            return step
-
-        state.meter.on_fault = Guard(
-            policy=run.on_nonfinite,
-            limit=run.max_nonfinite,
-            state=state,
-            trace=lambda sample: self.spec.task.traced(data, sample, run.seed),
-            autocast=self.spec.precision.autocast,
-            say=self.screen.say,
-            note=self._note_nonfinite,
-            go_back=go_back,
-        )
-        checkpoints.bind(**parts)
-        start = checkpoints.load_latest()
-        self.screen.say(*checkpoints.remarks)
-        if start == 0 or self.progress.read() is None:
-            self.progress.begin(start if checkpoints.unreported is None else 0)
-        return start
-
-    def _unreported(self, checkpoints: Checkpointer, start: int) -> Mapping[str, float] | None:
-        """What step `start` has still to report; None if nothing. All ranks go by what the first finds."""
-        reported = self.strategy.gather_objects([self.progress.has_reported(start)])[0]
-        return None if reported else checkpoints.unreported
-
-    def _note_nonfinite(self, **row: Any) -> None:
-        """Keep in the run's record what was left out, once however often the run was continued."""
-        outbox = outbox_of(self.home.path)
-        known = (r for r in outbox.rows() if r["kind"] == "nonfinite")
-        if self.strategy.first and not any(r["steps"] == row["steps"] for r in known):
-            outbox.append(time=now(), kind="nonfinite", **row)
 
     def _loop(
         self,
