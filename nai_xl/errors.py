@@ -19,6 +19,10 @@ class UserError(Exception):
     """
 
 
+class EvaluatorFailed(UserError):
+    """An evaluator has raised an error of its own. The weights of the step are sound, and it has not been reported."""
+
+
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not finished, and the same command goes on
 
 

@@ -16,7 +16,7 @@ from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.console import Screen
 from nai_xl.engine.loop import Hook
-from nai_xl.errors import Stopped, UserError, with_kind
+from nai_xl.errors import EvaluatorFailed, Stopped, UserError, with_kind
 from nai_xl.interfaces import Checkpointer, Direction, Evaluator, Tracker
 from nai_xl.record.arm import ArmRecord
 from nai_xl.record.progress import ProgressRecord
@@ -110,8 +110,8 @@ def due(evaluators: Mapping[str, Evaluator], step: int, *, last: bool) -> dict[s
 class Evaluate(NoHook):
     """Each evaluator every `every` steps of its own, and at the end; inside `around`, such as with nothing compiled.
 
-    evaluators: by their names in the config. Raises Stopped on every rank when `around` has raised it on one: the
-    values of the step are not complete.
+    evaluators: by their names in the config. Where `around` has raised Stopped, or an evaluator has failed, the values
+    of the step are not complete: raises EvaluatorFailed on the rank that it has failed on, Stopped on the others.
     """
 
     evaluators: Mapping[str, Evaluator]
@@ -123,16 +123,16 @@ class Evaluate(NoHook):
         now = due(self.evaluators, step, last=last)
         if not now:
             return
-        stopped = False
+        ended: Stopped | EvaluatorFailed | None = None
         activity.doing(f"evaluating at step {step}", lockstep=self.strategy.lockstep)
         if self.strategy.evaluates:
             try:
                 with self.around():
                     self._run(now, step, values)
-            except Stopped:
-                stopped = True
-        if self.strategy.any(stopped):  # ranks that do not evaluate wait here
-            raise Stopped(together=True)
+            except (Stopped, EvaluatorFailed) as error:
+                ended = error
+        if self.strategy.any(ended is not None):  # ranks that do not evaluate wait here
+            raise ended if isinstance(ended, EvaluatorFailed) else Stopped(together=True)
 
     def _run(self, now: Mapping[str, Evaluator], step: int, values: dict[str, float]) -> None:
         for name, evaluator in now.items():
@@ -143,7 +143,7 @@ class Evaluate(NoHook):
 
 @dataclass(frozen=True)
 class _Told:
-    """Around an evaluator, which may be anybody's: whatever it raises becomes a UserError that says how to go on."""
+    """Around an evaluator, which may be anybody's: a bug of it becomes EvaluatorFailed, which says how to go on."""
 
     name: str
     step: int
@@ -154,10 +154,10 @@ class _Told:
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, UserError):
             where = traceback.extract_tb(trace)[-1]
-            raise UserError(
+            raise EvaluatorFailed(
                 f"evals.{self.name} failed at step {self.step}: {with_kind(error)} ({where.filename}:{where.lineno}). "
-                "It has not touched the weights: mend it and run the same command again, which goes on from the last "
-                f"checkpoint, or leave it out with '~evals.{self.name}'"
+                "The step is saved: mend it and run the same command again, which begins with this evaluation, or "
+                f"leave it out with '~evals.{self.name}'"
             ) from error
 
 

@@ -14,7 +14,7 @@ from nai_xl.distributed import activity
 from nai_xl.engine.assemble import State
 from nai_xl.engine.nonfinite import Policy
 from nai_xl.engine.stop import Stop
-from nai_xl.errors import Stopped, UserError
+from nai_xl.errors import EvaluatorFailed, Stopped, UserError
 from nai_xl.interfaces import Losses
 from nai_xl.optimizer.update import poisoned
 
@@ -88,7 +88,7 @@ class Hook(Protocol):
         ...
 
     def interrupted(self, step: int, values: dict[str, float]) -> None:
-        """Instead of `end`: a signal has stopped one of the hooks, and `step` has not been reported."""
+        """Instead of `end`: a signal or a bug has ended an evaluation, and `step` has not been reported."""
         ...
 
 
@@ -154,7 +154,7 @@ def _beside(parts: Training, step: int, values: dict[str, float], *, last: bool)
         try:
             for hook in parts.hooks:
                 hook(step, values, last=last)
-        except Stopped:
+        except (Stopped, EvaluatorFailed):
             for hook in parts.hooks:
                 hook.interrupted(step, values)
             raise

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from nai_xl.errors import UserError, with_kind
-from nai_xl.record.json_file import Damaged, keep_aside, read_json, write_json
+from nai_xl.record.json_file import Damaged, keep_aside, overwrite_json, read_json, write_json
 from nai_xl.record.run_dir import RunDirectory
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "STOPPED"]
@@ -91,14 +91,18 @@ def _keep_aside(path: Path) -> None:
 
 
 def write_arm(run_dir: Path, arm: Arm) -> None:
-    """Replace arm.json, whole. The other sweeps that it names are kept."""
+    """Replace arm.json, whole; on a full disk it is overwritten in its place. The other sweeps that it names are kept."""
     before = arm_so_far(run_dir)
     here = {arm.sweep: dict(arm.arm)} if arm.sweep else {}
     places = dict(before.places if before else {})
     if arm.sweep and arm.place is not None:
         places[arm.sweep] = max(arm.place, places.get(arm.sweep, 0))
     arm = replace(arm, sweeps={**(before.sweeps if before else {}), **here}, places=places)
-    write_json(RunDirectory(run_dir).arm, asdict(arm))
+    path = RunDirectory(run_dir).arm
+    try:
+        write_json(path, asdict(arm))
+    except OSError:
+        overwrite_json(path, asdict(arm))
 
 
 class ArmRecord:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from contextlib import suppress
@@ -34,8 +36,26 @@ def keep_aside(path: Path, what: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Readers see the file before or after, never a part. What JSON does not know is written as its str()."""
-    text = json.dumps(content, indent=2, default=str)
-    write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(path, lambda aside: aside.write_bytes(_text(content)))
+
+
+def overwrite_json(path: Path, content: Any) -> None:
+    """Write over the file that is there, where a full disk has no room for a second one beside it.
+
+    Raises OSError where the blocks that the file has do not suffice.
+    """
+    text = _text(content)
+    with path.open("r+b") as file:
+        if len(text) > os.fstat(file.fileno()).st_blocks * 512:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.write(text)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _text(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, default=str) + "\n").encode()
 
 
 def read_json(path: Path, content: TypeAdapter[T], cure: str) -> T | None:

@@ -18,6 +18,7 @@ from nai_xl.engine.checkpoint import LocalCheckpoints
 from nai_xl.errors import UserError
 from nai_xl.evals.val_loss import ValLoss
 from nai_xl.record.journal import Journal
+from nai_xl.record.metrics import curves
 from nai_xl.record.progress import ProgressRecord
 from nai_xl.task.text_to_image import TextToImage
 from nai_xl.tracker.jsonl import JsonlTracker
@@ -105,6 +106,18 @@ def test_a_run_that_ends_in_an_evaluation_is_completed_by_the_same_command(
     (arm,) = Path("ended").glob("*/arm.json")
     assert json.loads(arm.read_text())["status"] == status
     assert left_by(train(hurt("output_dir=ended"), {})) == undisturbed
+
+
+def test_an_evaluator_that_fails_costs_no_training(hurt: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^evals\.val_loss failed at step 2"):
+        patch.setattr(ValLoss, "run", bug)
+        train(hurt("output_dir=ended", "run.checkpoint_every=100"), {})
+    (run,) = Path("ended").iterdir()
+    assert [path.name for path in sorted((run / "checkpoints").glob("step_*"))] == ["step_00000002"]
+    assert not (run / "metrics.jsonl").exists() or curves(run)["train/loss"].keys() == {1}
+    assert curves(train(hurt("output_dir=ended", "run.checkpoint_every=100"), {}))["train/loss"].keys() == {
+        *range(1, 7)
+    }
 
 
 def full(*_: Any, **__: Any) -> None:

@@ -1,7 +1,10 @@
 """arm.json: who writes it, what it says after each end, and what happens when it is damaged."""
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +115,18 @@ def test_a_damaged_file_is_named_with_the_cure_and_replaced_by_a_run(
         kept.reached(3, 4)
     arm = read_arm(tmp_path)
     assert arm and (arm.sweep, arm.status, arm.steps) == ("s", "FINISHED", 3)
+
+
+def test_a_full_disk_still_takes_how_the_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_arm(tmp_path, Arm(sweep="s"))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nai_xl.record.json_file.write_atomically", full)
+    write_arm(tmp_path, Arm(sweep="s", status="FAILED", error="the disk is full"))
+    found = read_arm(tmp_path)
+    assert found and (found.status, found.error) == ("FAILED", "the disk is full")
+    with pytest.raises(OSError):  # and never a part of what is longer than the room it has
+        write_arm(tmp_path, Arm(error="x" * 10**6))
+    assert read_arm(tmp_path) == found
