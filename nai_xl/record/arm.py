@@ -91,7 +91,7 @@ def _keep_aside(path: Path) -> None:
 
 
 def write_arm(run_dir: Path, arm: Arm) -> None:
-    """Replace arm.json, whole; on a full disk it is overwritten in its place. The other sweeps that it names are kept."""
+    """Replace arm.json, whole; on a full disk it is overwritten in its place. Other sweeps that it names are kept."""
     before = arm_so_far(run_dir)
     here = {arm.sweep: dict(arm.arm)} if arm.sweep else {}
     places = dict(before.places if before else {})

@@ -20,7 +20,9 @@ class Faulty:
 
 
 def test_an_evaluators_bug_is_told_by_the_key_of_the_evaluator_with_its_place_and_cause() -> None:
-    evaluate = Evaluate({"mine": Faulty()}, None, SimpleNamespace(evaluates=True, lockstep=False), nullcontext)
+    evaluate = Evaluate(
+        {"mine": Faulty()}, None, SimpleNamespace(evaluates=True, lockstep=False, any=bool), nullcontext
+    )
     line = Faulty.run.__code__.co_firstlineno + 1
     words = rf"^evals\.mine failed at step 1: ValueError: not enough values to unpack \(.*test_hooks\.py:{line}\)"
     with pytest.raises(UserError, match=words) as raised:
