@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=60)
     parser.add_argument("--engine", default="ddp")
+    parser.add_argument("--compared", type=int, default=10**9, help="the first steps that an undisturbed run repeats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--into", type=Path)
     asked = parser.parse_args()
@@ -142,12 +143,17 @@ def main() -> None:
     assert hurt
     steps = max(row["step"] for row in reported(hurt))
     images = json.loads((hurt / "arm.json").read_text())["images"]
-    whole = Start(folder / "whole", [*words, f"run.max_images={2 * WORLD * steps}"], WORLD)
+    compared = min(steps, asked.compared)
+    whole = Start(folder / "whole", [*words, f"run.max_images={2 * WORLD * compared}"], WORLD)
     whole.process.wait()
     undisturbed = run_of(folder / "whole")
     assert undisturbed
-    last = str(steps)  # the undisturbed run evaluates at its last step, the other did not
-    found = [one for one in differences(hurt, undisturbed) if one.startswith("step ") and f"step {last}:" not in one]
+    # the undisturbed run evaluates at its last step, the other did not
+    found = [
+        one for one in differences(hurt, undisturbed) if one.startswith("step ") and f"step {compared}:" not in one
+    ]
+    rows = [row["step"] for row in reported(hurt)]
+    found += [f"rows of steps {rows}"] * (rows != sorted({*range(10, steps + 1, 10), steps}))
     print(*found, *seen.wrong, sep="\n", file=sys.stderr)
     looks = [looks for looks in seen.memory if looks]
     row: Row = {
@@ -157,6 +163,7 @@ def main() -> None:
         "steps reported": steps,
         "images": images,
         "images a step": images / steps if steps else None,
+        "steps compared": compared,
         "wrong numbers": len(found),
         "wrong ends": len(seen.wrong),
         "MiB at first": looks[0][0] if looks else None,
