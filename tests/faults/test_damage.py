@@ -183,7 +183,7 @@ def test_a_latent_that_is_damaged_during_training_is_named_and_the_same_command_
     whole = {path: path.read_bytes() for path in cache.rglob("*.safetensors") if "latents" in load_file(path)}
     for path in whole:
         rewritten(path, lambda content: flipped(content, -3))
-    with pytest.raises(UserError, match=r"cache entry .* same command again to make it anew") as raised:
+    with pytest.raises(UserError, match=r"cached entry .* same command again, which makes it anew") as raised:
         train(hurt("output_dir=bad", f"cache.dir={cache}"), {})
     (gone,) = (path for path in whole if not path.exists())
     assert gone.stem in str(raised.value)

@@ -24,7 +24,7 @@ URI = "http://anna:geh@im@host:5000"
     [
         (f"cannot open {URI}/api: no", "cannot open http://***@host:5000/api: no"),
         ("mysql+pymysql://u:p@h/db?password=abc&x=1", "mysql+pymysql://***@h/db?password=***&x=1"),
-        ("sqlite:////home/a@b/mlflow.db and http://host/a@b", "sqlite:////home/a@b/mlflow.db and http://host/a@b"),
+        ("sqlite:////data/a@b/mlflow.db and http://host/a@b", "sqlite:////data/a@b/mlflow.db and http://host/a@b"),
     ],
 )
 def test_a_login_is_hidden_and_nothing_else(text: str, shown: str) -> None:
