@@ -4,7 +4,8 @@ metrics.jsonl   a line a report: {"step", "time" in ms, name: value, ...}
 outbox.jsonl    a line for everything else, in the order of events: {"time", "kind": "params" | "tags" | "figure" |
                 "artifact" | "status" | "nonfinite", ...}. Pictures and files are named by their path.
 
-Every line has the checksum of the rest as its last value, "crc".
+Every line ends with the checksum of its object, written in 32 blanks and tabs: whatever reads JSON passes over them
+and finds what was reported, nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from nai_xl.files import sync, writing
 from nai_xl.record.run_dir import RunDirectory
 
 Row = dict[str, Any]
-CHECKSUM = re.compile(rb', "crc": "([0-9a-f]{8})"\}\n$')
+CHECKSUM = re.compile(rb"([ \t]{32})\n$")
+BITS = bytes.maketrans(b"01", b" \t")
 EVENTS = {  # kinds of rows of outbox.jsonl -> what each has beside its time
     "params": {"file"},
     "tags": {"tags"},
@@ -40,7 +42,7 @@ class Journal:
     """A file of JSON objects, one a line. Written bytes never change, so a reader can go on from the byte where it
     stopped. A missing file has no rows.
 
-    Each line ends with a checksum of the rest, "crc", which no reader gets to see; lines of earlier versions have none.
+    Each line ends with a checksum of the rest, in white space; lines of earlier versions have none.
     A damaged line is left out: one whose checksum is wrong, one without below lines that have it, one that `fits` does
     not take, and with `ordered`, one without a checksum whose step does not go up with those of the others.
     """
@@ -70,7 +72,7 @@ class Journal:
 
     def append(self, **row: Any) -> None:
         """Add a row, and return when it is on the disk. Raises UserError where it cannot be; no part of it stays."""
-        line = (_checked(json.dumps(row)) + "\n").encode()
+        line = _checked(json.dumps(row))
         with writing(self.path):
             new = not self.path.exists()
             with self.path.open("ab", buffering=0) as file:
@@ -127,16 +129,20 @@ def _beginning(file: BinaryIO, offset: int) -> int:
     return offset if offset > 0 and file.read(1) == b"\n" else 0
 
 
-def _checked(text: str) -> str:
-    """A JSON object with the checksum of itself as its last value."""
-    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}'
+def _checked(text: str) -> bytes:
+    """A line of a JSON object, with the object's CRC-32 in white space, a bit a character."""
+    return text.encode() + _in_white_space(text.encode()) + b"\n"
+
+
+def _in_white_space(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):032b}".encode().translate(BITS)
 
 
 def _row(line: bytes) -> tuple[Row | None, bool]:
     """The object of a whole line, None for a damaged one; and whether it has a checksum."""
     found = CHECKSUM.search(line)
-    text = line[: found.start()] + b"}" if found else line
-    if not line.endswith(b"\n") or (found and int(found[1], 16) != zlib.crc32(text)):
+    text = line[: found.start()] if found else line
+    if not line.endswith(b"\n") or (found and found[1] != _in_white_space(text)):
         return None, False
     try:
         row = json.loads(text)

@@ -25,7 +25,7 @@ def test_each_step_is_kept_once_as_it_was_first(tmp_path_factory: pytest.TempPat
 
 def test_the_file_is_named_after_the_metric(tmp_path: Path) -> None:
     write_items(tmp_path, "val/loss", 1, {"a": 1})
-    assert (tmp_path / "items" / "val__loss.jsonl").read_text().startswith('{"step": 1, "values": {"a": 1.0}, ')
+    assert (tmp_path / "items" / "val__loss.jsonl").read_text().startswith('{"step": 1, "values": {"a": 1.0}}')
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
