@@ -1,5 +1,8 @@
 """Learned uncertainty: where it starts, where it settles, and what it belongs to."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,24 @@ from nai_xl.diffusion.parameterization import Epsilon, Sample, V
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr
 from nai_xl.interfaces import Batch, NoiseLevel, Parameterization, Weighting
 from nai_xl.optimizer.ema import StandardEma
+from tests.conftest import SMALL
 from tests.diffusion.test_objective import FakeUnet, batch
-from tests.distributed.test_distributed import run as launch
 from tests.test_train import Compose, losses, run, same_weights
 
+ROOT = Path(__file__).parents[2]
 ZERO_TERMINAL = ztsnr(scaled_linear())
 LEVEL = ZERO_TERMINAL.at(torch.arange(1000))
+
+
+def launch(folder: Path, images: Path, processes: int, *overrides: str) -> Path:
+    """The run that the command trains in `folder`, on so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "nai_xl.train", *SMALL, f"data.dir={images}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next((folder / "outputs").iterdir())
 
 
 def expected_error() -> Tensor:
