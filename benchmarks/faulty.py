@@ -148,7 +148,10 @@ def _files(hurt: Path, whole: Path) -> list[str]:
 
 
 def _names(run: Path) -> set[str]:
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    """All files but those of checkpoints before the newest: an orderly stop makes one at a step of its own."""
+    files = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+    newest = max((path.parts[1] for path in files if path.parts[0] == "checkpoints"), default="")
+    return {str(path) for path in files if path.parts[0] != "checkpoints" or path.parts[1] == newest}
 
 
 def _digest(path: Path) -> str:
