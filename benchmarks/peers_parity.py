@@ -20,7 +20,7 @@ from nai_xl.diffusion.parameterization import Epsilon
 from nai_xl.diffusion.schedule import scaled_linear
 from nai_xl.diffusion.timesteps import uniform
 from nai_xl.distributed.none import SingleProcess
-from nai_xl.distributed.strategy import Pace
+from nai_xl.distributed.strategy import StepSettings
 from nai_xl.interfaces import Batch
 from nai_xl.model.sdxl import load_sdxl
 
@@ -37,7 +37,7 @@ def compare(model: Path, theirs: Sequence[Step], precision: Any, rate: float) ->
     unet = load_sdxl(model).unet.train()
     unet.enable_gradient_checkpointing()  # changes memory, no value
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    wrapped = strategy.wrap(unet, dict(unet.named_parameters()), lambda _: optimizer, Pace(max_grad_norm=1.0))
+    wrapped = strategy.wrap(unet, dict(unet.named_parameters()), lambda _: optimizer, StepSettings(max_grad_norm=1.0))
     assert wrapped.update is not None
     objective = Objective(scaled_linear(), Epsilon(), uniform, even)
     rows = []

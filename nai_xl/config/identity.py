@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from nai_xl.config import legacy
 from nai_xl.config.build import coerced, holds_target, locate, plain
 from nai_xl.config.groups import conf_dir, of_several
-from nai_xl.config.pace import as_one_process, misplaced, pace_in, world_size
+from nai_xl.config.pace import as_one_process, misplaced, pace_in
+from nai_xl.distributed.launch import world_size
 from nai_xl.errors import UserError
 from nai_xl.record.arm import Arm, read_arm
 from nai_xl.record.pace import Pace, pace_of

@@ -5,7 +5,6 @@ On one process a micro-batch of a whole chunk takes the same images: that is how
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +13,6 @@ from typing import Any
 from nai_xl.record.pace import Pace, pace_of
 
 SPLIT = ("batch_size", "grad_accum", "chunk")  # the settings of `run`
-
-
-def world_size() -> int:
-    """The number of processes, which every launcher puts into the environment."""
-    found = os.environ.get("WORLD_SIZE", "")
-    return int(found) if found.isdecimal() and int(found) else 1
 
 
 def pace_in(run: Mapping[str, Any], world: int) -> Pace | None:

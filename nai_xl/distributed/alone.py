@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import distributed
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from nai_xl.memory import process_wide
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accelerate import DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 
 from nai_xl.distributed.start import joined
 from nai_xl.distributed.strategy import TIMEOUT, DataParallel, Engine, Minutes, Strategy
@@ -25,8 +24,6 @@ class Ddp(Engine):
     timeout: Minutes = TIMEOUT
 
     def start(self, precision: Precision) -> Strategy:
-        # accelerate keeps its first configuration for the life of the process and refuses another precision
-        AcceleratorState._reset_state(reset_partial_state=True)
         # buffers are constants here, and views spare a copy of all gradients
         handler = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         return DataParallel(joined(precision, self.timeout, handler))

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from nai_xl.distributed.alone import process_group
@@ -27,9 +26,9 @@ from nai_xl.distributed.strategy import (
     Engine,
     MakeOptimizer,
     Minutes,
-    Pace,
     Parameters,
     Ranks,
+    StepSettings,
     Strategy,
     Wrapped,
 )
@@ -38,7 +37,6 @@ from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory import process_wide
 from nai_xl.memory.action import MemoryAction
-from nai_xl.optimizer.ema import NoEma
 from nai_xl.optimizer.part import needs_whole_tensors
 
 
@@ -91,8 +89,6 @@ class DeepSpeed(Engine):
         return None
 
     def start(self, precision: Precision) -> Strategy:
-        # accelerate keeps its first configuration for the life of the process and refuses another precision
-        AcceleratorState._reset_state(reset_partial_state=True)
         group = joined(precision, self.timeout)
         process_group(group.device.type)
         if "LOCAL_RANK" not in os.environ:  # DeepSpeed reads it, also where no launcher has put it there
@@ -110,23 +106,21 @@ class Zero2(Ranks):
     scaler: None = None
     engine: Any = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.evaluates = self.first
-
-    def config(self, pace: Pace) -> dict[str, Any]:
+    def config(self, settings: StepSettings) -> dict[str, Any]:
         """DeepSpeed's settings, all from ours."""
         return {
-            "train_micro_batch_size_per_gpu": pace.batch_size,
-            "gradient_accumulation_steps": pace.grad_accum,
-            "gradient_clipping": pace.max_grad_norm,
+            "train_micro_batch_size_per_gpu": settings.batch_size,
+            "gradient_accumulation_steps": settings.grad_accum,
+            "gradient_clipping": settings.max_grad_norm,
             "zero_optimization": {"stage": self.stage},
             "zero_allow_untested_optimizer": True,  # element by element, which refuse_beside sees to
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
 
-    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+    def wrap(
+        self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, settings: StepSettings
+    ) -> Wrapped:
         assert make is not None, "refuse_beside has refused what updates without an optimizer of its own"
         row_major(module)
         self.module, self.parameters = module, parameters
@@ -142,7 +136,7 @@ class Zero2(Ranks):
         deepspeed = importlib.import_module("deepspeed")  # an optional dependency, slow to import
         # DeepSpeed keeps its copy of the group of all processes, which may be that of an earlier run, and closed
         process_wide.change(importlib.import_module("deepspeed.utils.groups"), "_WORLD_GROUP", None)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=inner, config=self.config(pace))
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=inner, config=self.config(settings))
         self.inner = inner
         return Wrapped(self.engine, parameters, inner, self.update)
 
@@ -168,15 +162,6 @@ class Zero2(Ranks):
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         raise NotImplementedError("DeepSpeed clips within its step")
-
-    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
-        return ema(parameters=parameters) if self.first else NoEma(parameters={})
-
-    def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return tensors
-
-    def unwrap(self, module: nn.Module) -> None:
-        pass
 
     # --- state, by parameter ------------------------------------------------------------------------------------------
 
@@ -219,19 +204,17 @@ class Zero3(Zero2):
     stage: ClassVar[int] = 3
     lockstep: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.evaluates = True
-
-    def config(self, pace: Pace) -> dict[str, Any]:
-        found = super().config(pace)
+    def config(self, settings: StepSettings) -> dict[str, Any]:
+        found = super().config(settings)
         # none stays collected for good: an evaluation swaps averages into the parts, and all must see them
         found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return found
 
-    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+    def wrap(
+        self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, settings: StepSettings
+    ) -> Wrapped:
         self.plain: nn.Module = structure_of(module)
-        return super().wrap(module, parameters, make, pace)
+        return super().wrap(module, parameters, make, settings)
 
     def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
         return Partitioned(self, ema(parameters=self.held(parameters)))

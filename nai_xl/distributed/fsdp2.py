@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
-from accelerate.state import AcceleratorState
 from pydantic import Field
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -27,9 +26,9 @@ from nai_xl.distributed.strategy import (
     Engine,
     MakeOptimizer,
     Minutes,
-    Pace,
     Parameters,
     Ranks,
+    StepSettings,
     Strategy,
     Wrapped,
 )
@@ -86,8 +85,6 @@ class Fsdp2(Engine):
             )
 
     def start(self, precision: Precision) -> Strategy:
-        # accelerate keeps its first configuration for the life of the process and refuses another precision
-        AcceleratorState._reset_state(reset_partial_state=True)
         group = joined(precision, self.timeout)
         kind, world = group.device.type, group.num_processes
         if world % (self.shard_size or world):
@@ -113,7 +110,6 @@ class FullySharded(Ranks):
     lockstep: ClassVar[bool] = True
 
     mesh: DeviceMesh
-    evaluates: bool = True
     scaler: None = None
     parts: dict[Tensor, Part] = field(default_factory=dict, init=False)  # of local tensors
     named: dict[str, Part] = field(default_factory=dict, init=False)  # by the names of what is trained
@@ -127,7 +123,9 @@ class FullySharded(Ranks):
 
     # --- wrapping -----------------------------------------------------------------------------------------------------
 
-    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+    def wrap(
+        self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, settings: StepSettings
+    ) -> Wrapped:
         assert make is not None, "refuse_beside has refused what updates without an optimizer of its own"
         names = {id(p): name for name, p in module.named_parameters()}
         places = {name: names[id(p)] for name, p in parameters.items()}
@@ -139,7 +137,7 @@ class FullySharded(Ranks):
         self.named = {name: self.parts[p] for name, p in local.items()}
         self.inner = inner = make(local)
         in_parts(inner, self.parts)
-        update = WholeUpdate(self, inner, inner, local.values(), pace.max_grad_norm)
+        update = WholeUpdate(self, inner, inner, local.values(), settings.max_grad_norm)
         return Wrapped(module, local, inner, update, self._remarks(inner))
 
     def _remarks(self, inner: Any) -> list[str]:

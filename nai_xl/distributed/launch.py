@@ -20,11 +20,15 @@ MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NU
 HELP = "start with torchrun, or see docs/distributed.md"
 
 
+def world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of processes, which every launcher puts into the environment; 1 where its variables make no sense."""
+    found = environ.get("WORLD_SIZE", "")
+    return int(found) if found.isdecimal() and int(found) else 1
+
+
 def several(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher has started several processes of this run; False where its variables make no sense."""
-    with suppress(ValueError):
-        return int(environ.get("WORLD_SIZE", "1")) > 1
-    return False
+    return world_size(environ) > 1
 
 
 def refuse_half_a_launch(*, several: bool, environ: Mapping[str, str] = os.environ) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from accelerate.state import AcceleratorState
-
 from nai_xl.distributed.launch import several
 from nai_xl.distributed.start import accelerator
 from nai_xl.distributed.strategy import DataParallel, Engine, Strategy
@@ -24,6 +22,4 @@ class SingleProcess(Engine):
         """Raises UserError inside a multi-process launch, where every process would train a model of its own."""
         if several():
             raise UserError("started on several processes with distributed=none; set distributed=ddp")
-        # accelerate keeps its first configuration for the life of the process and refuses another precision
-        AcceleratorState._reset_state(reset_partial_state=True)
         return DataParallel(accelerator(precision))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import KwargsHandler
 
 from nai_xl.distributed.agreement import FOREVER
@@ -21,6 +22,8 @@ def accelerator(precision: Precision, *handlers: KwargsHandler) -> Accelerator:
     """Raises UserError for fp16 without a GPU, whose loss scaler a CPU lacks."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision=fp16 needs a GPU; use precision=bf16 or precision=fp32 on a CPU")
+    # accelerate keeps its first configuration for the life of the process and refuses another precision
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=list(handlers) or None
     )

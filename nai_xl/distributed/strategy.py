@@ -59,7 +59,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepSettings:
     """How gradients become a step: images of a micro-batch, micro-batches of a step, and the norm that limits it."""
 
     batch_size: int = 1
@@ -93,8 +93,10 @@ class Strategy(Protocol):
     rank: int
     world: int
     device: torch.device
-    evaluates: bool
     lockstep: ClassVar[bool]
+
+    @property
+    def evaluates(self) -> bool: ...
 
     @property
     def first(self) -> bool:
@@ -106,7 +108,9 @@ class Strategy(Protocol):
         """The loss scaler of fp16; None for other precisions."""
         ...
 
-    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+    def wrap(
+        self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, settings: StepSettings
+    ) -> Wrapped:
         """Spread a network over the processes. parameters: those of it that are trained, by name.
 
         make: makes the optimizer of Wrapped.parameters, and of others beside them. None: no optimizer is wanted.
@@ -200,6 +204,10 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def evaluates(self) -> bool:
+        return self.lockstep or self.first
+
     def held(self, parameters: Parameters) -> Mapping[str, Tensor]:
         return {name: p.detach() for name, p in parameters.items()}
 
@@ -232,25 +240,34 @@ class Ranks:
         with activity.waiting():
             self.accelerator.wait_for_everyone()
 
+    # --- as it is where every rank holds the whole weights ------------------------------------------------------------
+
+    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
+        return ema(parameters=parameters) if self.first else NoEma(parameters={})
+
+    def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return tensors
+
+    def unwrap(self, module: nn.Module) -> None:
+        pass
+
 
 @dataclass
 class DataParallel(Ranks):
     """Whole copies of the model on accelerate's process group, gradients averaged; one process is the smallest case."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.evaluates = self.first
-
     @property
     def scaler(self) -> Any:
         return self.accelerator.scaler
 
-    def wrap(self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, pace: Pace) -> Wrapped:
+    def wrap(
+        self, module: nn.Module, parameters: Parameters, make: MakeOptimizer | None, settings: StepSettings
+    ) -> Wrapped:
         if make is None:
             return Wrapped(self.accelerator.prepare(module), parameters)
         inner = make(parameters)
         prepared, stepped = self.accelerator.prepare(module, inner)
-        update = WholeUpdate(self, stepped, inner, parameters.values(), pace.max_grad_norm)
+        update = WholeUpdate(self, stepped, inner, parameters.values(), settings.max_grad_norm)
         return Wrapped(prepared, parameters, stepped, update)
 
     def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
@@ -272,15 +289,6 @@ class DataParallel(Ranks):
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
         return norm
-
-    def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
-        return ema(parameters=parameters) if self.first else NoEma(parameters={})
-
-    def full(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return tensors
-
-    def unwrap(self, module: nn.Module) -> None:
-        pass
 
     def stateful(self, parameters: Parameters, optimizer: Any, ema: Ema) -> dict[str, Stateful]:
         return {"weights": Weights(parameters), "ema": ema, "optimizer": optimizer}

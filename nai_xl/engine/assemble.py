@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nai_xl.adapter.trainable import Trainable
-from nai_xl.distributed.strategy import Pace, Parameters, Strategy
+from nai_xl.distributed.strategy import Parameters, StepSettings, Strategy
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Ema, Stateful
@@ -87,8 +87,8 @@ def assemble(
         keep_layout(inner)
         return inner
 
-    pace = Pace(batch_size, grad_accum, max_grad_norm)
-    wrapped = strategy.wrap(trainable.module, trainable.parameters, None if in_backward else make, pace)
+    settings = StepSettings(batch_size, grad_accum, max_grad_norm)
+    wrapped = strategy.wrap(trainable.module, trainable.parameters, None if in_backward else make, settings)
     trainable.parameters = wrapped.parameters
     stepped, update = wrapped.optimizer, wrapped.update
     if update is None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nai_xl.distributed.fsdp2 import Fsdp2
-from nai_xl.distributed.strategy import Pace
+from nai_xl.distributed.strategy import StepSettings
 from nai_xl.memory import process_wide
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_a_rehearsal_leaves_no_gradient_of_what_is_learned_beside_the_network() 
     with process_wide.restored():
         strategy = Fsdp2().start("no")
         names = dict(module.named_parameters())
-        wrapped = strategy.wrap(module, names, lambda p: torch.optim.SGD([*p.values(), learned]), Pace())
+        wrapped = strategy.wrap(module, names, lambda p: torch.optim.SGD([*p.values(), learned]), StepSettings())
         first = next(iter(names.values()))
         strategy.rehearse(wrapped.module, lambda: learned * wrapped.module(torch.ones(1, 4)).sum(), first)
         assert all(p.grad is None for p in [*wrapped.parameters.values(), *module.parameters(), learned])

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from nai_xl.config.spec import Spec
 from nai_xl.distributed.deepspeed import DeepSpeed
 from nai_xl.distributed.fsdp2 import Fsdp2, FullySharded
-from nai_xl.distributed.strategy import Pace
+from nai_xl.distributed.strategy import StepSettings
 from nai_xl.errors import UserError
 from nai_xl.memory import process_wide
 from nai_xl.memory.fp8_ff import Fp8FeedForward
@@ -78,7 +78,7 @@ def test_torchs_own_optimizers_of_whole_tensors_are_known(kind: type) -> None:
 def test_deepspeeds_settings_are_those_of_the_run() -> None:
     with process_wide.restored():
         strategy = DeepSpeed(3).start("no")
-        found = strategy.config(Pace(batch_size=3, grad_accum=4, max_grad_norm=0.5))  # type: ignore[attr-defined]
+        found = strategy.config(StepSettings(batch_size=3, grad_accum=4, max_grad_norm=0.5))  # type: ignore[attr-defined]
     assert found["train_micro_batch_size_per_gpu"] == 3 and found["gradient_accumulation_steps"] == 4
     assert found["gradient_clipping"] == 0.5 and found["zero_optimization"]["stage"] == 3
     assert not torch.distributed.is_initialized()  # the group of one process ends with the run
