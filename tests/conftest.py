@@ -1,5 +1,6 @@
 """Shared by all tests: a cache of their own, commands typed in this process, and small photographs to train on."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("NAI_XL_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def swept_often() -> Iterator[None]:
+    """Modules are left out of garbage collections: a whole one is cheap then, and comes before the models of tests that
+    are over take gigabytes.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
