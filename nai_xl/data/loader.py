@@ -141,7 +141,8 @@ class PositionDataset(Dataset[Batch]):
 
     def _conditions(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         context, pooled = zip(*map(self._condition, texts), strict=True)
-        return {"context": torch.stack(context), "pooled": torch.stack(pooled)}
+        none = torch.zeros(len(texts), 0, dtype=torch.int64)
+        return {"context": torch.stack(context), "pooled": torch.stack(pooled), "chunks": none}
 
     def _condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where captions are few, or often dropped, reading them takes as long as reading the images."""

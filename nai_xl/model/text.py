@@ -98,7 +98,7 @@ def encode_texts(
 
 @torch.no_grad()
 def encode_chunks(encoders: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """States [n,77,D1 + D2] and pooled [n,P] of chunks, in the encoders' precision. ids: [n,2,77], of both tokenizers."""
+    """States [n,77,D1 + D2] and pooled [n,P] of chunks in the encoders' precision. ids: [n,2,77] of both tokenizers."""
     states = []
     pooled = torch.empty(0)
     for number, encoder in enumerate(encoders):
@@ -147,10 +147,10 @@ class LiveEncoders:
         encoders: Sequence[nn.Module],
         chunks: int,
         device: torch.device,
-        type: torch.dtype,
+        dtype: torch.dtype,
     ) -> LiveEncoders:
         """Copies of `encoders`, which themselves stay as they are, to be delivered."""
-        copies = [copy.deepcopy(encoder).to(device, type).eval().requires_grad_(False) for encoder in encoders]
+        copies = [copy.deepcopy(encoder).to(device, dtype).eval().requires_grad_(False) for encoder in encoders]
         return cls(copies, Tokens(tokenizers, chunks))
 
     def encoded(self, batch: Batch) -> Batch:

@@ -44,14 +44,14 @@ def told(items: Sequence[Item], captions: Captions, tokenizer: Any, chunks: int)
     if not found:
         return []
     longest, first = max(row.tokens for row in found), found[0]
-    among = (
-        f"{len(items):,}" if len(some) == len(suspects) else f"the {len(some):,} that were looked at of {len(items):,}"
-    )
-    pieces = -(-longest // CHUNK)
+    among = f"{len(items):,} captions"
+    if len(some) < len(suspects):
+        among = f"{len(some):,} long captions that were looked at, among {among},"
+    more = "more than " if longest == COUNTED else ""
     return [
-        f"{len(found):,} of {among} captions are longer than the {limit} tokens of text.chunks={chunks}, and lose their "
-        f"end. The longest has {'more than ' * (longest >= COUNTED)}{longest:,}: text.chunks={pieces} holds it. "
-        f"{first.file} has {first.tokens:,} and loses {shortened(first.beyond)}"
+        f"{len(found):,} of {among} have more tokens than the {limit} of text.chunks={chunks} and lose their "
+        f"end; the longest has {more}{longest:,}, which text.chunks={-(-longest // CHUNK)} holds. {first.file} has "
+        f"{first.tokens:,} and loses {shortened(first.beyond)}"
     ]
 
 

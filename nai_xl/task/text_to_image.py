@@ -50,7 +50,7 @@ from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.text import LiveEncoders, LiveText, TextEncoding, Tokens
+from nai_xl.model.text import LiveEncoders, Tokens
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.rng import draws
@@ -72,7 +72,7 @@ class TextToImage:
     noise: TrainingNoise
     bucketing: Bucketing
     captions: Captions
-    text: TextEncoding | LiveText
+    text: Any
     latents: Any
     sample_weights: Callable[..., Tensor]
     sampling: Sampling
@@ -93,7 +93,8 @@ class TextToImage:
             self.objective.schedule.inference_timesteps(self.sampling.steps)
         if not self.text.in_step and self.captions.texts(()) is None:
             raise UserError(
-                "text=cached encodes every text beforehand, and these captions vary from sample to sample; set text=live"
+                "text=cached encodes every text beforehand, and these captions vary without end; set text=live, or "
+                "captions=plain"
             )
 
     def refuse(self, index: Index) -> None:
@@ -190,10 +191,8 @@ class TextToImage:
             entries[encoded.texts[text]] = f"the text {shortened(text)} of {item.path}"
         faults = [fault for key, of in entries.items() if (fault := not_finite(encoded.cache, key, of))]
         if self.live and not all(tensor.isfinite().all() for tensor in self.live.condition(text)):
-            faults.append(
-                f"The text encoders' conditions of {shortened(text)} of {item.path} are not finite: set precision=bf16, "
-                "or fp32."
-            )
+            told = f"the text {shortened(text)} of {item.path}"
+            faults.append(f"What the text encoders make of {told} is not finite: set precision=bf16 or fp32.")
         if not encoded.weights[sample.item].isfinite():
             faults.append(f"The sample weight of {item.path} is not finite: set another sample_weights.")
         return Traced(str(item.path), words, " ".join(faults) or None)
