@@ -75,8 +75,8 @@ class Batch:
     """Samples of one bucket shape, with the random numbers that belong to their positions in the run."""
 
     latents: Tensor  # [B,4,h,w] normalised, float32
-    context: Tensor  # [B,77k,D] penultimate states of both text encoders
-    pooled: Tensor  # [B,P] projected state of the second encoder
+    context: Tensor  # [B,77k,D] penultimate states of both text encoders; [B,0,0] where the step encodes the text
+    pooled: Tensor  # [B,P] projected state of the second encoder; [B,0] likewise
     time_ids: Tensor  # [B,6] float32: original h, w; crop top, left; target h, w
     weight: Tensor  # [B] sample weight, 1.0 by default
     position: Tensor  # [B] int64: place of each sample in the run
@@ -85,6 +85,9 @@ class Batch:
     noise: Tensor  # [B,4,h,w] float32
     # [B,4,h,w] what x_t has beside the noise and the target has not; [B,1,1,1] zeros without input perturbation
     perturbation: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, 1))
+    # what the step encodes: [n,2,77] int64 distinct chunks, of both tokenizers; [B,k] int64 which of them a caption has
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 77, dtype=torch.int64))
+    chunks: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -104,7 +107,8 @@ class Batch:
     @property
     def canvas(self) -> tuple[int, int, int]:
         """Height and width in pixels, and tokens of the captions: what a step's cost depends on."""
-        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], self.context.shape[1]
+        tokens = self.context.shape[1] or 77 * self.chunks.shape[1]
+        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], tokens
 
 
 class MicroBatch(Protocol):

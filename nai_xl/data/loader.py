@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nai_xl.data.bucketing import Assigned, assigned
-from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan
 from nai_xl.data.index import Index
 from nai_xl.data.noise import TrainingNoise
@@ -85,7 +85,7 @@ class Encoded:
 
     index: Index
     latents: Placed
-    texts: dict[str, str]  # text -> key
+    texts: dict[str, str]  # text -> key; {} where the step encodes the text
     cache: Cache
     mean: torch.Tensor  # [4,1,1] of the raw latents
     std: torch.Tensor  # [4,1,1]
@@ -93,7 +93,7 @@ class Encoded:
     held_out: Sequence[tuple[Item, LatentRef]] = ()  # images that are never trained on, one placement of each
 
     def condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """context [77k,D] and pooled [P] of a text that was encoded beforehand."""
+        """context [77k,D] and pooled [P] of a text that was encoded beforehand, as they lie in the cache."""
         tensors = self.read(self.texts[text], f"the text {shortened(text)}")
         return tensors["context"], tensors["pooled"]
 
@@ -101,10 +101,10 @@ class Encoded:
         """[4,h,w] float32, normalised, of one placement of an image."""
         return (self.read(ref.key)["latents"].float() - self.mean) / self.std
 
-    def drawn(self, draw: Draws, number: int, captions: PlainCaptions) -> tuple[LatentRef, str]:
+    def drawn(self, draw: Draws, number: int, captions: Captions) -> tuple[LatentRef, str]:
         """The placement and the text of a sample of item `number`."""
         row = self.latents[number]
-        return row[draw.choice("placement", len(row))], captions.pick(self.index.items[number].caption, draw)
+        return row[draw.choice("placement", len(row))], captions.pick((self.index.items[number].caption,), draw)
 
     def read(self, key: str, of: object = "") -> dict[str, torch.Tensor]:
         return read(self.cache, key, of)
@@ -137,19 +137,22 @@ class PositionDataset(Dataset[Batch]):
     """(position, item) -> a Batch of one sample, whatever worker or rank asks.
 
     With `strata`, the timestep draws of each block of as many positions are spread evenly (Draws.stratified_u).
+    tokens: the fields of a Batch that stand for texts which the step encodes; None where they lie encoded in the cache.
     """
 
     def __init__(
         self,
         encoded: Encoded,
-        captions: PlainCaptions,
+        captions: Captions,
         seed: int,
         *,
         strata: int | None = None,
         noise: TrainingNoise | None = None,
+        tokens: Callable[[Sequence[str]], dict[str, torch.Tensor]] | None = None,
     ):
         self.encoded, self.captions, self.seed, self.strata = encoded, captions, seed, strata
         self.noise = noise or TrainingNoise()
+        self._told = tokens or self._conditions
         self._recent: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
@@ -167,14 +170,12 @@ class PositionDataset(Dataset[Batch]):
         items = [encoded.index.items[number] for number in numbers]
         pairs = [encoded.drawn(draw, number, self.captions) for draw, number in zip(samples, numbers, strict=True)]
         refs = [ref for ref, _ in pairs]
-        conditions = [self._condition(text) for _, text in pairs]
         read = [encoded.read(ref.key, item.path)["latents"] for ref, item in zip(refs, items, strict=True)]
         raw = torch.stack(read).float()
         noise, perturbation = self.noise(samples, raw.shape[1:])
         return Batch(
             latents=(raw - encoded.mean) / encoded.std,
-            context=torch.stack([context for context, _ in conditions]),
-            pooled=torch.stack([pooled for _, pooled in conditions]),
+            **self._told([text for _, text in pairs]),
             time_ids=torch.tensor([ref.placement.time_ids(i.size) for ref, i in zip(refs, items, strict=True)]),
             weight=encoded.weights[list(numbers)],
             position=torch.tensor(positions),
@@ -183,6 +184,11 @@ class PositionDataset(Dataset[Batch]):
             noise=noise,
             perturbation=perturbation,
         )
+
+    def _conditions(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        context, pooled = zip(*map(self._condition, texts), strict=True)
+        none = torch.zeros(len(texts), 0, dtype=torch.int64)
+        return {"context": torch.stack(context), "pooled": torch.stack(pooled), "chunks": none}
 
     def _condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where captions are few, or often dropped, reading them takes as long as reading the images."""
@@ -225,15 +231,16 @@ class RankBatches:
 
 def batches(
     encoded: Encoded,
-    captions: PlainCaptions,
+    captions: Captions,
     sampler: RankBatches,
     *,
     workers: int,
     strata: int | None = None,
     noise: TrainingNoise | None = None,
+    tokens: Callable[[Sequence[str]], dict[str, torch.Tensor]] | None = None,
 ) -> DataLoader[Batch]:
     """The micro-batches of encoded images and captions, of one rank; see whole_batches."""
-    dataset = PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise)
+    dataset = PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise, tokens=tokens)
     return whole_batches(dataset, sampler, workers=workers)
 
 

@@ -24,7 +24,7 @@ from nai_xl.errors import UserError, one_line
 from nai_xl.interfaces import Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, moments
 from nai_xl.model.sdxl.components import Components, fingerprint
-from nai_xl.model.text import TextEncoding, encode_texts
+from nai_xl.model.text import TOGETHER, encode_texts
 from nai_xl.model.vae import encode_pixels
 
 PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
@@ -116,21 +116,26 @@ class Encoder:
         with tqdm(keys, desc="measuring latents", disable=self.rank > 0) as bar:
             return moments(read(self.cache, key)["latents"] for key in bar)
 
-    def encode_captions(self, wanted: Iterable[str], text: TextEncoding, *, batch: int = 8) -> dict[str, str]:
-        """text -> cache key, for every wanted text and for the empty one."""
+    def encode_captions(
+        self, wanted: Iterable[str], chunks: int, dtype: Literal["fp32", "bf16"] = "fp32", *, batch: int = TOGETHER
+    ) -> dict[str, str]:
+        """text -> cache key, for every wanted text and for the empty one. dtype: in the cache; all compute in fp32."""
         activity.doing("encoding the captions")
         models = [(fingerprint(e), e.config.hidden_act, e.config.eos_token_id) for e in self.components.text_encoders]
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
         texts = dict.fromkeys(["", *wanted])
-        keys = {t: content_key("text", VERSION, models, words, text.chunks, t) for t in texts}
+        kind = "text" if dtype == "fp32" else f"text in {dtype}"
+        keys = {t: content_key(kind, VERSION, models, words, chunks, t) for t in texts}
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
         with self._missing(list(texts), keys.__getitem__) as mine, _bar("captions", len(mine), self.rank) as bar:
             for group in _batches(mine, batch):
                 activity.beat()
                 together = filled(group, batch)
-                context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=text.chunks)
+                context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=chunks)
                 if not (context.isfinite().all() and pooled.isfinite().all()):
                     raise UserError(f"the text encoders gave conditions that are not finite for {group[0]!r:.80}")
+                if dtype == "bf16":
+                    context, pooled = context.bfloat16(), pooled.bfloat16()
                 for t, row, vector in zip(group, context.cpu(), pooled.cpu(), strict=False):
                     self.cache.put(keys[t], {"context": row, "pooled": vector})
                 bar.update(len(group))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches, not_finite, shortened
@@ -45,14 +46,16 @@ from nai_xl.interfaces import (
     Stateful,
     Tracker,
 )
+from nai_xl.memory.action import MemoryAction
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
 from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.text import TextEncoding
+from nai_xl.model.text import LiveEncoders, Tokens
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.rng import draws
+from nai_xl.task import long_captions
 from nai_xl.task.objective import headline
 from nai_xl.task.task import refuse_other_tasks
 
@@ -69,15 +72,19 @@ class TextToImage:
     objective: Objective
     noise: TrainingNoise
     bucketing: Bucketing
-    captions: Any
-    text: TextEncoding
+    captions: Captions
+    text: Any
     latents: Any
     sample_weights: Callable[..., Tensor]
     sampling: Sampling
     evals: Sequence[Evaluator]
     native: Native
+    precision: Any
+    memory: Sequence[MemoryAction]
     components: Components = field(init=False, repr=False)
     size: int = field(init=False, repr=False)  # parameters of the UNet
+    live: LiveEncoders | None = field(default=None, init=False, repr=False)  # where the step encodes the text
+    cut: list[str] = field(default_factory=list, init=False)  # a sentence on captions that are too long
 
     def __post_init__(self) -> None:
         edge = self.native.resolution
@@ -85,6 +92,11 @@ class TextToImage:
         self.timesteps = len(self.objective.schedule)
         with keyed("sampling"):  # refuses more steps than there are
             self.objective.schedule.inference_timesteps(self.sampling.steps)
+        if not self.text.in_step and self.captions.texts(()) is None:
+            raise UserError(
+                "text=cached encodes every text beforehand, and these captions vary without end; set text=live, or "
+                "captions=plain"
+            )
 
     def refuse(self, index: Index) -> None:
         refuse_other_tasks(self.evals, "text_to_image", "'evals=[sample_grid]'")
@@ -107,9 +119,9 @@ class TextToImage:
         held = [item for item in self._looked_at(index) if item.path not in bad]
         index = index.without(bad)
         refuse_empty(index, "data")
-        drawn = chain.from_iterable(self.captions.texts(item.caption) for item in index.items)
-        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
-        texts = encoder.encode_captions(chain(drawn, shown, (item.caption for item in held)), self.text)
+        texts = self._encode_texts(index, held, encoder)
+        if strategy.first:
+            self.cut = long_captions.told(index.items, self.captions, self.components.tokenizers[0], self.text.chunks)
         strategy.wait()
         refs = encoder.latent_refs(index, self.bucketing)
         if run.latents.is_file():  # those that the run began with, whatever has become of the cache
@@ -124,10 +136,28 @@ class TextToImage:
         shown_to = [(item, refs.of(item)[0]) for item in held]
         return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to))
 
+    def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> dict[str, str]:
+        """The cache keys of all texts; none where they are encoded in the steps, for which all is made ready."""
+        if self.text.in_step:
+            parts, device = self.components, encoder.device
+            self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
+            return {}
+        drawn = chain.from_iterable(self.captions.texts((item.caption,)) or () for item in index.items)
+        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
+        wanted = chain(drawn, shown, (item.caption for item in held))
+        return encoder.encode_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
+
     def samples(self, encoded: Encoded) -> TextImages:
-        """What batches are drawn from, of images and texts that lie in a cache."""
+        """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache."""
         strata = functools.partial(strata_of, self.objective.timesteps)
-        return TextImages(encoded, self.captions, self.noise, strata)
+        return TextImages(encoded, self.captions, self.noise, strata, self.live.tokens if self.live else None)
+
+    @property
+    def computed(self) -> torch.dtype:
+        """What the network computes in."""
+        set_by_action = (action.weights_in for action in self.memory if action.weights_in is not None)
+        autocast = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision.autocast]
+        return next(set_by_action, autocast)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""
@@ -136,8 +166,16 @@ class TextToImage:
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, module: nn.Module, batch: Batch) -> Losses:
-        values, level = self.objective(module, batch)
+        values, level = self.objective(module, self._told(batch))
         return Losses(values, level.t)
+
+    def _told(self, batch: Batch) -> Batch:
+        """The batch with the conditions of its texts, in a precision that the network takes."""
+        if self.live:
+            batch = self.live.encoded(batch)
+        # bfloat16 is what autocast, or a network in it, would round them to; autocast to float16 takes float32 too
+        type = torch.bfloat16 if self.computed == torch.bfloat16 else torch.float32
+        return replace(batch, context=batch.context.to(type), pooled=batch.pooled.to(type))
 
     def traced(self, data: TextImages, sample: Sample, seed: int) -> Traced:
         encoded, item = data.encoded, data.index.items[sample.item]
@@ -149,8 +187,13 @@ class TextToImage:
         t = torch.tensor([sample.axis], dtype=torch.float64)
         level = schedule.at(t.long() if float(sample.axis).is_integer() else t)
         words = f"timestep {sample.axis:.6g}, alpha {level.alpha.item():.4g}, sigma {level.sigma.item():.4g}"
-        entries = {ref.key: f"{item.path}", encoded.texts[text]: f"the text {shortened(text)} of {item.path}"}
+        entries = {ref.key: f"{item.path}"}
+        if not self.live:
+            entries[encoded.texts[text]] = f"the text {shortened(text)} of {item.path}"
         faults = [fault for key, of in entries.items() if (fault := not_finite(encoded.cache, key, of))]
+        if self.live and not all(tensor.isfinite().all() for tensor in self.live.condition(text)):
+            told = f"the text {shortened(text)} of {item.path}"
+            faults.append(f"What the text encoders make of {told} is not finite: set precision=bf16 or fp32.")
         if not encoded.weights[sample.item].isfinite():
             faults.append(f"The sample weight of {item.path} is not finite: set another sample_weights.")
         return Traced(str(item.path), words, " ".join(faults) or None)
@@ -188,7 +231,7 @@ class TextToImage:
             schedule=self.objective.schedule,
             parameterization=self.objective.parameterization,
             sampling=self.sampling,
-            condition=encoded.condition,
+            condition=self.live.condition if self.live else encoded.condition,
             decode=decode,
             ema=state.ema,
             tracker=tracker,
@@ -202,7 +245,7 @@ class TextToImage:
         return {"UNet": f"{self.size:,} parameters on {next(self.components.unet.parameters()).device}"}
 
     def remarks(self) -> Iterable[str]:
-        return sentences(self.on_native, self.native.resolution)
+        return [*sentences(self.on_native, self.native.resolution), *self.cut]
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
         return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))
@@ -229,12 +272,14 @@ class TextImages:
     """Encoded images and captions, and how a sample is drawn from them.
 
     strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none.
+    tokens: what the loader tells of texts that the step encodes; None where they are encoded too.
     """
 
     encoded: Encoded
     captions: Any
     noise: TrainingNoise
     strata: Callable[[int], int | None]
+    tokens: Tokens | None = None
 
     @property
     def index(self) -> Index:
@@ -254,14 +299,21 @@ class TextImages:
             rank=strategy.rank,
             world=strategy.world,
         )
-        strata = self.strata(per_step)
-        return batches(self.encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
+        return batches(
+            self.encoded,
+            self.captions,
+            sampler,
+            workers=settings.workers,
+            strata=self.strata(per_step),
+            noise=self.noise,
+            tokens=self.tokens,
+        )
 
     def one_of_each_shape(self, size: int) -> Iterator[Batch]:
         """In the buckets' order by size, whatever the run meets first: graphs depend on the order of shapes, so a run
         that is continued gets those that it had.
         """
-        sample = PositionDataset(self.encoded, self.captions, seed=0)[0, 0]
+        sample = PositionDataset(self.encoded, self.captions, seed=0, tokens=self.tokens)[0, 0]
         generator = torch.Generator().manual_seed(0)
         return (random_batch(sample, bucket, size, generator) for bucket in sorted(self.canvases))
 
@@ -277,8 +329,8 @@ class TextImages:
         }
 
     def counted(self) -> str:
-        placed = self.encoded.latents.total
-        return f"{placed} latents of {len(self.index.items)} images, {len(self.encoded.texts)} texts"
+        texts = f"{len(self.encoded.texts)} texts" if self.tokens is None else "texts are encoded in the steps"
+        return f"{self.encoded.latents.total} latents of {len(self.index.items)} images, {texts}"
 
     def write(self, run: RunDirectory) -> None:
         self.index.write_skipped(run.skipped)
@@ -318,6 +370,7 @@ def random_batch(sample: Batch, bucket: Bucket, batch_size: int, generator: torc
         perturbation=torch.zeros(batch_size, 1, 1, 1),
         context=normal((batch_size, *sample.context.shape[1:]), sample.context),
         pooled=normal((batch_size, *sample.pooled.shape[1:]), sample.pooled),
+        chunks=_repeated(sample.chunks, batch_size),
         time_ids=_repeated(sample.time_ids, batch_size),
         u=torch.rand(batch_size, generator=generator, dtype=torch.float64),
     )

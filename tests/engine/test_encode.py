@@ -34,7 +34,7 @@ def test_runs_that_begin_together_encode_each_image_and_caption_once(
         refs = encoder.latent_refs(index, bucketing)
         together.wait()
         assert encoder.encode_images([refs]) == {}
-        return encoder.encode_captions([item.caption for item in index.items], text)
+        return encoder.encode_captions([item.caption for item in index.items], text.chunks)
 
     with ThreadPoolExecutor(runs * ranks) as pool:
         keys = list(pool.map(encode, [rank for _ in range(runs) for rank in range(ranks)]))
@@ -74,7 +74,7 @@ def test_what_else_there_is_to_encode_does_not_show_in_a_single_bit(images: Path
             refs = encoder.latent_refs(part, bucketing)
             assert encoder.encode_images([refs]) == {}
             keys += [ref.key for row in refs for ref in row]
-            keys += encoder.encode_captions([item.caption for item in group], text).values()
+            keys += encoder.encode_captions([item.caption for item in group], text.chunks).values()
         return {key: dict(read(encoder.cache, key)) for key in keys}
 
     together = encoded("together", items)
