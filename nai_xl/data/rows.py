@@ -114,9 +114,16 @@ class Rows(Sequence[Item]):
 
     @classmethod
     def mapped(cls, file: Path, store: Store | None = None) -> Rows:
-        """The table in an Arrow file. Raises OSError, and pyarrow.ArrowInvalid for a file that is none."""
+        """The usable images of an index file (nai_xl.data.index_file). Columns whose name begins with _ are left out:
+        they are the source's notes for its next scan.
+
+        Raises OSError, and pyarrow.ArrowInvalid for a file that is none.
+        """
         with pa.memory_map(str(file)) as source:
-            return cls(pa.ipc.open_file(source).read_all(), store, file=file)
+            whole = pa.ipc.open_file(source).read_all()
+        usable = (whole.schema.metadata or {}).get(b"usable")
+        table = whole.select([name for name in whole.column_names if not name.startswith("_")])
+        return cls(table if usable is None else table.slice(0, int(usable)), store, file=file)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A mapped file is mapped again in the process that this is sent to."""
@@ -172,7 +179,7 @@ class Rows(Sequence[Item]):
     @property
     def contents(self) -> NDArray[np.uint8]:
         """[N,32]: SHA-256 of each image's bytes."""
-        return _picked(_digests(self.table["content"]), self.picked)
+        return _picked(digests(self.table["content"]), self.picked)
 
 
 def _mapped_again(file: Path, store: Store | None, picked: NDArray[np.uint32] | None) -> Rows:
@@ -184,7 +191,7 @@ def _picked(values: NDArray[Any], picked: NDArray[np.uint32] | None) -> NDArray[
     return values if picked is None else values[picked]
 
 
-def _digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+def digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     """[N,32] of a column of fixed size, without a copy where it has one chunk."""
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, DIGEST)[chunk.offset : chunk.offset + len(chunk)]
