@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from nai_xl.data.rows import Item, Rows
+from nai_xl.data.rows import AT_ONCE, DIGEST, Item, Rows
 from nai_xl.errors import UserError
 
-AT_ONCE = 1 << 16  # rows that a fingerprint reads at a time
-BETWEEN = "\x1e"  # captions of one image
+HEX = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), np.uint16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,10 @@ class Index:
 
     def fingerprint(self) -> str:
         """16 hex characters over every image's content and captions, whatever the folder or file is called."""
-        whole = hashlib.sha256()
-        for number, row in enumerate(_in_order(self.items)):
-            whole.update((b"\n" if number else b"") + row)
+        rows, whole = self.items.take(self.items.order()), hashlib.sha256()
+        for start in range(0, len(rows), AT_ONCE):
+            whole.update(b"\n" if start else b"")
+            whole.update(_lines(rows[start : start + AT_ONCE]))
         return whole.hexdigest()[:16]
 
     def without(self, unusable: dict[Path, str]) -> Index:
@@ -84,16 +84,14 @@ class Index:
             writer.writerows((str(skip.path), skip.reason) for skip in self.skipped)
 
 
-def _in_order(rows: Rows) -> Iterator[bytes]:
-    """Content and captions of each image, sorted."""
-    found = [row for start in range(0, len(rows), AT_ONCE) for row in _words(rows[start : start + AT_ONCE])]
-    return iter(sorted(found))
-
-
-def _words(rows: Rows) -> Iterator[bytes]:
-    captions = rows.column("captions").to_pylist()
-    for content, several in zip(rows.column("content").to_pylist(), captions, strict=True):
-        yield f"{content.hex()} {BETWEEN.join(several)}".encode()
+def _lines(rows: Rows) -> memoryview:
+    """For each image a line of its content, hexadecimal, and its captions."""
+    ends = np.arange(len(rows) + 1, dtype=np.int32) * 2 * DIGEST
+    contents = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(HEX[rows.contents]))
+    words = pc.binary_join_element_wise(contents, rows.joined().combine_chunks(), " ")
+    lines = pc.binary_join_element_wise(words, "", "\n")
+    _, ends, text = lines.buffers()
+    return memoryview(text)[: int(np.frombuffer(ends, np.int32)[len(rows)]) - 1]
 
 
 def are_held_out(contents: NDArray[np.uint8], share: float) -> NDArray[np.bool_]:

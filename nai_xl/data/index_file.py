@@ -20,10 +20,9 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nai_xl.data.rows import digests
+from nai_xl.data.rows import BETWEEN, digests
 from nai_xl.files import write_atomically
 
-BETWEEN = "\x1e"  # captions of one image
 TOGETHER = 1 << 20  # rows that are sorted and written at a time, the most that lie in one piece
 KEPT = 4  # files of one place: a run may still be reading what an earlier one has written
 STALE = 7 * 86400.0  # seconds after which the parts of a scan that nobody has finished are removed

@@ -58,11 +58,14 @@ class Placed(Sequence[Sequence[LatentRef]]):
     def __getitem__(self, number: int | slice) -> list[LatentRef] | Placed:
         if isinstance(number, slice):
             return Placed(self.rows[number], self.bucketing, self.key)
-        return self.of(self.rows[number])
+        return self._of(self.rows.value("content", number).hex(), self.rows.size(number))
 
     def of(self, item: Item) -> list[LatentRef]:
         """Those of an image, whether it is one of these or not."""
-        return [LatentRef(self.key(item.content, place), place) for place in self.bucketing.placements(*item.size)]
+        return self._of(item.content, item.size)
+
+    def _of(self, content: str, size: tuple[int, int]) -> list[LatentRef]:
+        return [LatentRef(self.key(content, place), place) for place in self.bucketing.placements(*size)]
 
     def __iter__(self) -> Iterator[list[LatentRef]]:
         return map(self.of, self.rows)
@@ -104,7 +107,13 @@ class Encoded:
     def drawn(self, draw: Draws, number: int, captions: Captions) -> tuple[LatentRef, str]:
         """The placement and the text of a sample of item `number`."""
         row = self.latents[number]
-        return row[draw.choice("placement", len(row))], captions.pick((self.index.items[number].caption,), draw)
+        words = self.index.items.value("captions", number)
+        return row[draw.choice("placement", len(row))], captions.pick(words, draw)
+
+    def read_latents(self, number: int, ref: LatentRef) -> torch.Tensor:
+        """[4,h,w] as they lie in the cache, of one placement of item `number`."""
+        tensors = self.cache.get(ref.key)
+        return (tensors or self.read(ref.key, self.index.items[number].path))["latents"]
 
     def read(self, key: str, of: object = "") -> dict[str, torch.Tensor]:
         return read(self.cache, key, of)
@@ -164,19 +173,17 @@ class PositionDataset(Dataset[Batch]):
 
         Raises UserError if a cache entry has gone.
         """
-        encoded = self.encoded
+        encoded, sizes = self.encoded, self.encoded.index.items.size
         positions, numbers = zip(*where, strict=True)
         samples = [draws(self.seed, position) for position in positions]
-        items = [encoded.index.items[number] for number in numbers]
         pairs = [encoded.drawn(draw, number, self.captions) for draw, number in zip(samples, numbers, strict=True)]
         refs = [ref for ref, _ in pairs]
-        read = [encoded.read(ref.key, item.path)["latents"] for ref, item in zip(refs, items, strict=True)]
-        raw = torch.stack(read).float()
+        raw = torch.stack([encoded.read_latents(n, ref) for n, ref in zip(numbers, refs, strict=True)]).float()
         noise, perturbation = self.noise(samples, raw.shape[1:])
         return Batch(
             latents=(raw - encoded.mean) / encoded.std,
             **self._told([text for _, text in pairs]),
-            time_ids=torch.tensor([ref.placement.time_ids(i.size) for ref, i in zip(refs, items, strict=True)]),
+            time_ids=torch.tensor([ref.placement.time_ids(sizes(n)) for ref, n in zip(refs, numbers, strict=True)]),
             weight=encoded.weights[list(numbers)],
             position=torch.tensor(positions),
             item=torch.tensor(numbers),

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from nai_xl.interfaces import Bucket
 
 DIGEST = 32  # bytes of SHA-256
+AT_ONCE = 1 << 16  # rows of a column that are put in order at a time: fewer than overflow an offset of Arrow's
+BETWEEN = "\x1e"  # captions of one image
 SCHEMA = pa.schema(
     [
         pa.field("content", pa.binary(DIGEST)),
@@ -102,6 +106,8 @@ class Rows(Sequence[Item]):
         if isinstance(items, Rows):
             return items
         given = list(items)
+        if not given:
+            return cls(SCHEMA.empty_table(), given=given)  # making columns of lists imports pandas
         columns: list[Any] = [
             [bytes.fromhex(item.content) for item in given],
             [item.size[0] for item in given],
@@ -140,11 +146,8 @@ class Rows(Sequence[Item]):
     def __getitem__(self, number: slice) -> Rows: ...
     def __getitem__(self, number: int | slice) -> Item | Rows:
         if isinstance(number, slice):
-            return self.take(np.arange(len(self), dtype=np.uint32)[number])
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"item {number} of {len(self)}")
-        place = range(len(self))[number]
-        return self._item(place if self.picked is None else int(self.picked[place]))
+            return self.take(np.arange(*number.indices(len(self)), dtype=np.uint32))
+        return self._item(self._place(number))
 
     def __iter__(self) -> Iterator[Item]:
         return map(self._item, range(len(self)) if self.picked is None else map(int, self.picked))
@@ -152,10 +155,29 @@ class Rows(Sequence[Item]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rows) and [*self] == [*other]
 
+    def _place(self, number: int) -> int:
+        """Which row of the table an item is. Raises IndexError."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"item {number} of {len(self)}")
+        place = range(len(self))[number]
+        return place if self.picked is None else int(self.picked[place])
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
+        return dict(zip(self.table.column_names, self.table.columns, strict=True))
+
+    def value(self, name: str, number: int) -> Any:
+        """One value of one item: a sample needs few of them, and an Item takes all."""
+        return self._columns[name][self._place(number)].as_py()
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.value("width", number), self.value("height", number)
+
     def _item(self, place: int) -> Item:
         if self.given is not None:
             return self.given[place]
-        row = {name: column[place].as_py() for name, column in zip(self.table.column_names, self.table, strict=True)}
+        row = {name: column[place].as_py() for name, column in self._columns.items()}
         first, *others = row["captions"]
         path, content = Path(os.fsdecode(row["path"])), row["content"].hex()
         return Item(path, first, (row["width"], row["height"]), content, None, tuple(others), self.store, row)
@@ -169,17 +191,41 @@ class Rows(Sequence[Item]):
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of these items, in their order."""
         whole = self.table[name]
-        return whole if self.picked is None else whole.take(pa.array(self.picked))
+        if self.picked is None:
+            return whole
+        parts = [
+            chunk
+            for start in range(0, len(self), AT_ONCE)
+            for chunk in _taken(whole, self.picked[start : start + AT_ONCE]).chunks
+        ]
+        return pa.chunked_array(parts, whole.type)
 
     @property
     def sizes(self) -> NDArray[np.int32]:
         """[N,2] width, height in pixels."""
-        return np.stack([_picked(self.table[name].to_numpy(), self.picked) for name in ("width", "height")], axis=1)
+        return np.stack([self.column(name).to_numpy() for name in ("width", "height")], axis=1)
 
     @property
     def contents(self) -> NDArray[np.uint8]:
         """[N,32]: SHA-256 of each image's bytes."""
-        return _picked(digests(self.table["content"]), self.picked)
+        return digests(self.column("content"))
+
+    def order(self) -> NDArray[np.int64]:
+        """The items' numbers by content and then by captions, as every source has them."""
+        first = np.ascontiguousarray(self.contents[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+        order = np.argsort(first, kind="stable")
+        same = first[order[1:]] == first[order[:-1]]
+        tied = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
+        if len(tied):  # copies of a file: the few that need more than the first bytes of their content
+            numbers = order[tied]
+            some = self.take(numbers)
+            keys = list(zip(some.column("content").to_pylist(), some.joined().to_pylist(), strict=True))
+            order[tied] = numbers[sorted(range(len(keys)), key=keys.__getitem__)]
+        return order
+
+    def joined(self) -> pa.ChunkedArray:
+        """The captions of each item as one string."""
+        return pc.binary_join(self.column("captions"), BETWEEN)
 
 
 def _mapped_again(file: Path, store: Store | None, picked: NDArray[np.uint32] | None) -> Rows:
@@ -187,8 +233,13 @@ def _mapped_again(file: Path, store: Store | None, picked: NDArray[np.uint32] | 
     return rows if picked is None else rows.take(picked)
 
 
-def _picked(values: NDArray[Any], picked: NDArray[np.uint32] | None) -> NDArray[Any]:
-    return values if picked is None else values[picked]
+def _taken(column: pa.ChunkedArray, places: NDArray[np.uint32]) -> pa.ChunkedArray:
+    """`places` of a column. Arrow would first join all chunks, so it is given no more than lie between them."""
+    first, last = int(places.min()), int(places.max())
+    between = column.slice(first, last - first + 1)
+    if len(between) == len(places) and (np.diff(places.astype(np.int64)) == 1).all():
+        return between
+    return between.take(pa.array(places - np.uint32(first)))
 
 
 def digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
