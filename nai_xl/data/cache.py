@@ -329,7 +329,7 @@ class _State:
 
     def _resumed(self, layout: Layout) -> Writer | None:
         """A shard that is not full and that nobody writes."""
-        for shard in (self.catalogue or self.refreshed()).shards:
+        for shard in self.refreshed().shards:
             if shard.layout == layout and shard.rows * layout.stride < FULL:
                 with suppress(PermissionError):  # another user's
                     if (writer := Writer.resume(self.folder, shard.stem)) is not None:
