@@ -7,6 +7,7 @@ all else that changes the latents. So it is found by array operations, without a
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+@lru_cache(maxsize=1 << 16)  # images of one size are placed alike
 def mask_of(place: Placement, made_by: bytes) -> int:
     """128 bits by which the keys of all images differ from their contents, if they are placed like this."""
     lanes = []
@@ -67,6 +69,6 @@ def mask_of(place: Placement, made_by: bytes) -> int:
     return lanes[0] << 64 | lanes[1]
 
 
-def latent_key(content: str, mask: int) -> str:
+def latent_key(content: str, place: Placement, made_by: bytes) -> str:
     """The key of one image, as 32 hex characters. content: the hex SHA-256 of its bytes."""
-    return f"{int(content[: 2 * KEY], 16) ^ mask:032x}"
+    return f"{int(content[: 2 * KEY], 16) ^ mask_of(place, made_by):032x}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import deque
@@ -19,15 +20,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nai_xl.data.cache import content_key, key_bytes
-from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
-from nai_xl.data.keys import recipe
-from nai_xl.data.latent_refs import LatentRefs, RefTable, contents_of
-from nai_xl.data.loader import LatentRef, read
+from nai_xl.data.images import UNREADABLE, on_canvas, picture, to_pixels
+from nai_xl.data.index import Index
+from nai_xl.data.keys import latent_key, recipe
+from nai_xl.data.loader import Placed, read
+from nai_xl.data.placement_table import PlacementTable
+from nai_xl.data.rows import Item
 from nai_xl.distributed import activity
 from nai_xl.distributed.team import Alone, Team
 from nai_xl.errors import UserError, one_line
-from nai_xl.interfaces import Bucket, Bucketing, Cache
+from nai_xl.interfaces import Bucket, Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, Stored, moments
 from nai_xl.model.sdxl.components import Components, fingerprint
 from nai_xl.model.text import TextEncoding, encode_texts
@@ -68,23 +70,28 @@ class Encoder:
 
     # --- images -------------------------------------------------------------------------------------------------------
 
-    def latent_refs(self, index: Index, bucketing: Bucketing) -> LatentRefs:
-        """The cache keys of every placement of every image; nothing is read or encoded."""
-        sizes = np.array([item.size for item in index.items], np.int32).reshape(-1, 2)
-        made_by = recipe("latent", VERSION, self._vae, self.dtype, self.stored)
-        return LatentRefs.of(contents_of(index.items), sizes, bucketing, made_by)
+    @cached_property
+    def _latents_made_by(self) -> bytes:
+        return recipe("latent", VERSION, self._vae, self.dtype, self.stored)
 
-    def encode_images(self, index: Index, refs: LatentRefs) -> dict[Path, str]:
+    def latent_refs(self, index: Index, bucketing: Bucketing) -> Placed:
+        """The cache keys of every placement of every image; nothing is read or encoded."""
+        return Placed(index.items, bucketing, functools.partial(latent_key, made_by=self._latents_made_by))
+
+    def encode_images(self, wanted: Sequence[Placed]) -> dict[Path, str]:
         """Encode, or draw, what the cache lacks. Returns the images that this rank could not decode, with the reason.
 
         Raises UserError, before anything is encoded, if there is no room for it.
         """
         activity.doing("encoding the images")
-        table = refs.table()
-        with self._missing(table.keys(), lambda which: self._latent_bytes(table, which), SMALLER) as missing:
-            return self._encode_images(index, table, missing) if len(missing) else {}
+        table = PlacementTable.of(wanted)
+        keys = table.keys(self._latents_made_by)
+        with self._missing(keys, lambda which: self._latent_bytes(table, which), SMALLER) as missing:
+            return self._encode_images(table, keys, missing) if len(missing) else {}
 
-    def _encode_images(self, index: Index, table: RefTable, missing: NDArray[np.int64]) -> dict[Path, str]:
+    def _encode_images(
+        self, table: PlacementTable, keys: NDArray[np.uint8], missing: NDArray[np.int64]
+    ) -> dict[Path, str]:
         bad: dict[Path, str] = {}
         batches = Batches(table, table.by_bucket(missing))
         vae = self.components.vae.to(self.device)
@@ -95,7 +102,7 @@ class Encoder:
         ):
 
             def begin(ticket: int) -> tuple[int, list[Job], list[Future[torch.Tensor | str]]]:
-                jobs = [_job(index, table, row) for row in batches[ticket]]
+                jobs = [Job(*table.job(row), keys[row].tobytes().hex()) for row in batches[ticket]]
                 return ticket, jobs, [reading.submit(_picture, job) for job in jobs]
 
             tickets = _until(len(batches), self._sharing.tickets())
@@ -131,9 +138,9 @@ class Encoder:
                 raise UserError(
                     f"{job.item.path} has latents too large for latents.stored={self.stored}; set latents.stored=bf16"
                 )
-            self.cache.put(job.ref.key, {"latents": stored})
+            self.cache.put(job.key, {"latents": stored})
 
-    def _latent_bytes(self, table: RefTable, which: NDArray[np.int64]) -> int:
+    def _latent_bytes(self, table: PlacementTable, which: NDArray[np.int64]) -> int:
         values = self.components.vae.config.latent_channels * table.pixels()[which] // 64
         return int(values.sum()) * TYPES[self.stored].itemsize
 
@@ -173,7 +180,7 @@ class Encoder:
             self.cache.get(key.tobytes().hex())  # which finds it missing from then on, if it is damaged
         return self.cache.missing(keys)
 
-    def measure(self, refs: Sequence[Sequence[LatentRef]]) -> Moments:
+    def measure(self, refs: Placed) -> Moments:
         """The moments of this rank's share of all cached latents; those of all ranks add up to the whole."""
         rank, world = self.team.rank, self.team.world
         keys = [ref.key for row in refs for ref in row][rank::world]
@@ -241,21 +248,16 @@ class Job:
     """One placement of one image, and where its latents go."""
 
     item: Item
-    ref: LatentRef
-
-
-def _job(index: Index, table: RefTable, row: int) -> Job:
-    owner = int(table.owner[row])
-    place = table.every[table.place[row]]
-    return Job(index.items[owner], next(ref for ref in table.refs[owner] if ref.placement == place))
+    placement: Placement
+    key: str
 
 
 def _picture(job: Job) -> torch.Tensor | str:
     """The picture on its canvas, or latents that are drawn; or why the file cannot be read."""
     if job.item.drawn is not None:
-        return job.item.drawn.latents(job.ref.placement.bucket)
+        return job.item.drawn.latents(job.placement.bucket)
     try:
-        return to_pixels(on_canvas(open_rgb(job.item.path), job.ref.placement))
+        return to_pixels(on_canvas(picture(job.item), job.placement))
     except UNREADABLE as error:
         return f"not a whole image: {one_line(error)}"
 
@@ -263,7 +265,7 @@ def _picture(job: Job) -> torch.Tensor | str:
 class Batches(Sequence[NDArray[np.int64]]):
     """Rows of a table, ordered by bucket, in batches that share a canvas; `size` of them fit on the device at once."""
 
-    def __init__(self, table: RefTable, rows: NDArray[np.int64]):
+    def __init__(self, table: PlacementTable, rows: NDArray[np.int64]):
         self.rows = rows
         sides = table.places[table.place[rows], :2]
         begins = np.flatnonzero(np.r_[True, (sides[1:] != sides[:-1]).any(axis=1)])

@@ -17,8 +17,10 @@ from torch.distributed import HashStore
 from nai_xl import config
 from nai_xl.data.cache import DiskCache, MemoryCache
 from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
 from nai_xl.data.loader import read
+from nai_xl.data.placement_table import PlacementTable
+from nai_xl.data.rows import Item
 from nai_xl.distributed.team import Alone, StoreTeam, Team
 from nai_xl.engine import encode as module
 from nai_xl.engine.encode import Encoder
@@ -64,7 +66,7 @@ def test_runs_that_begin_together_encode_each_image_and_caption_once(
         encoder = Encoder(components, DiskCache(tmp_path / "cache"), "fp32", CPU, team=team)
         refs = encoder.latent_refs(index, bucketing)
         together.wait()
-        assert encoder.encode_images(index, refs) == {}
+        assert encoder.encode_images([refs]) == {}
         return encoder.encode_captions([item.caption for item in index.items], text)
 
     with ThreadPoolExecutor(runs * ranks) as pool:
@@ -92,7 +94,7 @@ def test_a_slow_rank_leaves_the_work_to_a_fast_one(
 
     def encode(rank: int) -> None:
         encoder = Rank(components, cache, "fp32", CPU, team=StoreTeam(store, rank, 2))
-        encoder.encode_images(items, encoder.latent_refs(items, bucketing))
+        encoder.encode_images([encoder.latent_refs(items, bucketing)])
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(encode, range(2)))
@@ -105,18 +107,18 @@ def test_entries_with_wrong_bytes_are_made_anew_and_counted(
     components, bucketing, _ = parts
     encoder = Encoder(components, DiskCache(tmp_path), "fp32", CPU)
     refs = encoder.latent_refs(index, bucketing)
-    encoder.encode_images(index, refs)
+    encoder.encode_images([refs])
     keys = [row[0].key for row in refs]
     before = tensors_of(encoder.cache, keys)
     for path in sorted(tmp_path.rglob("*.safetensors"))[:2]:
         path.write_bytes(path.read_bytes()[:-8] + bytes(8))  # of its last entry
     assert "damaged" not in capsys.readouterr().err
     again = replace(encoder, cache=DiskCache(tmp_path))
-    again.encode_images(index, refs)
+    again.encode_images([refs])
     assert "2 damaged entries made anew" in capsys.readouterr().err
     after = tensors_of(DiskCache(tmp_path), keys)
     assert all(torch.equal(before[key]["latents"], after[key]["latents"]) for key in keys)
-    again.encode_images(index, refs)
+    again.encode_images([refs])
     assert "damaged" not in capsys.readouterr().err
 
 
@@ -128,9 +130,9 @@ def test_what_else_there_is_to_encode_does_not_show_in_a_single_bit(index: Index
         encoder = Encoder(components, DiskCache(tmp_path / name), "fp32", CPU)
         keys: list[str] = []
         for group in groups:
-            part = replace(index, items=list(group))
+            part = Index(group)
             refs = encoder.latent_refs(part, bucketing)
-            assert encoder.encode_images(part, refs) == {}
+            assert encoder.encode_images([refs]) == {}
             keys += [ref.key for row in refs for ref in row]
             keys += encoder.encode_captions([item.caption for item in group], text).values()
         return tensors_of(encoder.cache, keys)
@@ -147,7 +149,7 @@ def test_latents_are_the_autoencoders_of_the_placed_picture_in_every_precision(i
     for stored, dtype in module.TYPES.items():
         encoder = Encoder(components, MemoryCache(), "fp32", CPU, stored)
         refs = encoder.latent_refs(index, bucketing)
-        encoder.encode_images(index, refs)
+        encoder.encode_images([refs])
         assert len(encoder.cache.entries) == sum(map(len, refs)) > 2 * len(index.items)  # type: ignore[attr-defined]
         for item, ref in [(item, ref) for item, row in zip(index.items, refs, strict=True) for ref in row][::5]:
             size = ref.placement.bucket.at_once(module.PIXELS, most=module.TOGETHER)
@@ -178,7 +180,7 @@ def test_a_picture_that_cannot_be_read_is_told_by_the_rank_that_met_it(
     def encode(rank: int) -> dict[Path, str]:
         cache: Cache = DiskCache(tmp_path / "cache") if shared else MemoryCache()
         encoder = Encoder(components, cache, "fp32", CPU, team=StoreTeam(store, rank, 2))
-        return encoder.encode_images(index, encoder.latent_refs(index, bucketing))
+        return encoder.encode_images([encoder.latent_refs(index, bucketing)])
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(encode, range(2)))
@@ -194,7 +196,7 @@ def test_too_little_room_is_told_before_anything_is_encoded(
     monkeypatch.setattr(module, "encode_pixels", lambda *_: pytest.fail("it was encoded"))
     refs = encoder.latent_refs(index, bucketing)
     with pytest.raises(UserError, match=r"cache\.max_gb=1e-06: .* GB .*cache\.dir=DIR.*latents\.stored=bf16.*crops"):
-        encoder.encode_images(index, refs)
+        encoder.encode_images([refs])
     with pytest.raises(UserError, match=r"cache\.max_gb=.*text=live"):
         encoder.encode_captions([], text)
 
@@ -208,7 +210,7 @@ def test_the_bytes_that_are_expected_are_those_that_are_written(index: Index, pa
             needed.append(needed_)
 
     encoder = Encoder(components, Measuring(tmp_path), "fp32", CPU, "bf16")
-    encoder.encode_images(index, encoder.latent_refs(index, bucketing))
+    encoder.encode_images([encoder.latent_refs(index, bucketing)])
     encoder.encode_captions(["one", "two"], text)
     headers = 4096 * len(list(tmp_path.rglob("*.safetensors")))
     assert sum(needed) == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) - headers
@@ -232,16 +234,16 @@ def test_an_error_of_the_writer_ends_the_encoding_and_the_same_call_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("os.pwrite", full)
         with pytest.raises(UserError, match=r"cache\.dir=.*No space left on device.*same command again"):
-            encoder.encode_images(index, refs)
-    made = int((~DiskCache(tmp_path).missing(refs.table().keys())).sum())
+            encoder.encode_images([refs])
+    made = int((~DiskCache(tmp_path).missing(PlacementTable.of([refs]).keys(encoder._latents_made_by))).sum())
     assert 0 < made < 12
     again = Encoder(components, DiskCache(tmp_path), "fp32", CPU)
     put: list[str] = []
     monkeypatch.setattr(DiskCache, "put", counting(put, DiskCache.put))
-    again.encode_images(index, refs)
+    again.encode_images([refs])
     assert len(put) == 12 - made
     whole = Encoder(components, MemoryCache(), "fp32", CPU)
-    whole.encode_images(index, refs)
+    whole.encode_images([refs])
     for row in refs:
         assert torch.equal(read(again.cache, row[0].key)["latents"], read(whole.cache, row[0].key)["latents"])
 
@@ -279,7 +281,7 @@ def test_every_ticket_is_given_once_and_what_the_first_says_reaches_all() -> Non
 
 def test_batches_share_a_canvas_and_hold_every_row_once(index: Index, parts: Any) -> None:
     components, bucketing, _ = parts
-    table = Encoder(components, MemoryCache(), "fp32", CPU).latent_refs(index, bucketing).table()
+    table = PlacementTable.of([Encoder(components, MemoryCache(), "fp32", CPU).latent_refs(index, bucketing)])
     some = np.array([0, 2, 3, 5, 7, 11])
     batches = module.Batches(table, table.by_bucket(some))
     rows = [list(batches[ticket]) for ticket in range(len(batches))]

@@ -245,11 +245,12 @@ def _read_merged(path: Path) -> tuple[Table, dict[str, tuple[bytes, int]]]:
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
+        table.validate()  # that no column leads out of the file
         about = json.loads(table.schema.metadata[ABOUT])
         columns = {name: table.column(name).combine_chunks().to_numpy().view(kind) for name, kind in COLUMNS.items()}
         lines = [line.encode() for line in about["lines"]]
         return Table(**columns), {str(stem): (lines[line], int(rows)) for stem, line, rows in about["shards"]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return Table.empty(), {}
 
 
