@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -200,8 +202,11 @@ class Bucketing(Protocol):
 class Cache(Protocol):
     """Tensors by content key. `get` gives None for what is missing or unreadable. `shared`: other ranks see it too.
 
-    `alone`: what others do under the same name, in any process that shares the cache, waits meanwhile. `place`: where a
-    person finds the entry, for messages.
+    Keys are 32 hex characters, or [M,16] bytes where many are asked for at once. `alone`: what others do under the same
+    name, in any process that shares the cache, waits meanwhile. `place`: where a person finds the entry, for messages.
+    `discard`: from then on, the entry counts as missing. `seal`: called when a process has put all that it will.
+    `refuse_too_little_room`: raises UserError if there is no room for so many more bytes; smaller: the overrides that
+    make them fewer. nai_xl.data.cache.KeyByKey has these and `missing`, by the methods that take one key.
     """
 
     shared: bool
@@ -211,6 +216,10 @@ class Cache(Protocol):
     def get(self, key: str) -> dict[str, Tensor] | None: ...
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...
     def alone(self, name: str) -> AbstractContextManager[None]: ...
+    def missing(self, keys: NDArray[np.uint8]) -> NDArray[np.bool_]: ...
+    def discard(self, key: str) -> None: ...
+    def seal(self) -> None: ...
+    def refuse_too_little_room(self, needed: int, smaller: str) -> None: ...
 
 
 class Stateful(Protocol):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from nai_xl.data.captions import Captions
-from nai_xl.data.index import Item
 from nai_xl.data.loader import shortened
+from nai_xl.data.rows import Item
 from nai_xl.distributed import activity
 from nai_xl.model.text import CHUNK, beginning
 

@@ -49,7 +49,7 @@ from nai_xl.interfaces import (
 from nai_xl.memory.action import MemoryAction
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
-from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
+from nai_xl.model.latents import Moments, Stored, in_words, read_statistics, write_statistics
 from nai_xl.model.sdxl.components import Components
 from nai_xl.model.text import LiveEncoders, Tokens
 from nai_xl.model.vae import decode_latents
@@ -112,7 +112,8 @@ class TextToImage:
 
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
-        encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, strategy.rank, strategy.world)
+        stored: Stored = self.latents.stored or ("bf16" if self.precision.autocast == "bf16" else "fp32")
+        encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         refs = encoder.latent_refs(index, self.bucketing)
         found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
         bad = dict(strategy.gather_objects(list(found.items())))
