@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
+from nai_xl.data.bucketing import SquareBucket
 from nai_xl.data.cache import DiskCache, content_key
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef
@@ -249,7 +250,7 @@ def training(
     strategy = spec.start()
     task: Any = spec.task
     components: Any = Components(unet, None, (None, None), (None, None))
-    samples = task.samples(data)
+    samples = task.samples(data, SquareBucket(data.latents[0][0].placement.bucket.width))
     with storage or nullcontext():
         trainable = spec.adapter(task.load(lambda: components))
         for action in spec.memory:

@@ -168,13 +168,12 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         wide = self.batch_size * self.world
-        aligned = self.start - self.start % self.plan.chunk
-        for first, items in self.plan.from_position(aligned):
-            for offset in range(0, self.plan.chunk, wide):
-                if first + offset < self.start:
-                    continue
+        skipped = self.start % self.plan.chunk
+        for first, items in self.plan.from_position(self.start - skipped):
+            for offset in range(-(-skipped // wide) * wide, self.plan.chunk, wide):
                 begin = offset + self.rank * self.batch_size
                 yield list(enumerate(items[begin : begin + self.batch_size].tolist(), start=first + begin))
+            skipped = 0
 
 
 def batches(

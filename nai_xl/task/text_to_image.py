@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, Item, refuse_empty
 from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.report import Report, report, sizes_of, unseen
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -25,12 +27,11 @@ from nai_xl.diffusion.timesteps import strata_of
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import ModuleState
-from nai_xl.engine.console import counted
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.nonfinite import Sample, Traced
 from nai_xl.errors import UserError, keyed
-from nai_xl.evals import method_figure
+from nai_xl.evals import canvas_figure, method_figure
 from nai_xl.evals.painter import Studio
 from nai_xl.files import write_atomically
 from nai_xl.interfaces import (
@@ -75,6 +76,7 @@ class TextToImage:
     sampling: Sampling
     evals: Sequence[Evaluator]
     native: Native
+    run: RunSettings
     components: Components = field(init=False, repr=False)
     size: int = field(init=False, repr=False)  # parameters of the UNet
 
@@ -100,8 +102,9 @@ class TextToImage:
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, strategy.rank, strategy.world)
+        bucketing = self.bucketing.merged(sizes_of(index.items), self.run.chunk_size(strategy.world))
         both = Index([*index.items, *self._looked_at(index)])
-        found = encoder.encode_images(both, encoder.latent_refs(both, self.bucketing))
+        found = encoder.encode_images(both, encoder.latent_refs(both, bucketing))
         bad = dict(strategy.gather_objects(list(found.items())))
         held = [item for item in self._looked_at(index) if item.path not in bad]
         index = index.without(bad)
@@ -110,7 +113,7 @@ class TextToImage:
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
         texts = encoder.encode_captions(chain(drawn, shown, (item.caption for item in held)), self.text)
         strategy.wait()
-        refs = encoder.latent_refs(index, self.bucketing)
+        refs = encoder.latent_refs(index, bucketing)
         if run.latents.is_file():  # those that the run began with, whatever has become of the cache
             mean, std = read_statistics(run.latents)
         else:
@@ -120,13 +123,17 @@ class TextToImage:
             )
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
-        first = [row[0] for row in encoder.latent_refs(Index(held), self.bucketing)]
-        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)]))
+        first = [row[0] for row in encoder.latent_refs(Index(held), bucketing)]
+        encoded = Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)])
+        return self.samples(encoded, bucketing, strategy.world)
 
-    def samples(self, encoded: Encoded) -> TextImages:
-        """What batches are drawn from, of images and texts that lie in a cache."""
+    def samples(self, encoded: Encoded, bucketing: Bucketing | None = None, world: int = 1) -> TextImages:
+        """What batches are drawn from, of images and texts that lie in a cache.
+
+        bucketing: what the images were placed by, if not the task's; world: processes that train.
+        """
         strata = functools.partial(strata_of, self.objective.timesteps)
-        return TextImages(encoded, self.captions, self.noise, strata)
+        return TextImages(encoded, self.captions, self.noise, strata, bucketing or self.bucketing, self.run, world)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""
@@ -227,13 +234,17 @@ class TextToImage:
 class TextImages:
     """Encoded images and captions, and how a sample is drawn from them.
 
-    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none.
+    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none. run,
+    world: the training that the table at its start tells of.
     """
 
     encoded: Encoded
     captions: Any
     noise: TrainingNoise
     strata: Callable[[int], int | None]
+    bucketing: Bucketing
+    run: RunSettings
+    world: int
 
     @property
     def index(self) -> Index:
@@ -241,13 +252,12 @@ class TextImages:
 
     @property
     def canvases(self) -> set[Bucket]:
-        return {ref.placement.bucket for refs in self.encoded.latents for ref in refs}
+        return set(self._report.buckets)
 
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[Batch]:
         per_step = settings.images_per_step(strategy.world)
-        buckets = by_bucket([refs[0].placement.bucket for refs in self.encoded.latents])
         sampler = RankBatches(
-            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            self._plan(settings, strategy.world),
             start=start * per_step,
             batch_size=settings.batch_size,
             rank=strategy.rank,
@@ -255,6 +265,14 @@ class TextImages:
         )
         strata = self.strata(per_step)
         return batches(self.encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
+
+    def _plan(self, settings: RunSettings, world: int) -> EpochPlan:
+        buckets = by_bucket(self.bucketing.buckets_of(sizes_of(self.index.items)))
+        return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
+
+    @cached_property
+    def _report(self) -> Report:
+        return report(self.bucketing, sizes_of(self.index.items))
 
     def one_of_each_shape(self, size: int) -> Iterator[Batch]:
         """In the buckets' order by size, whatever the run meets first: graphs depend on the order of shapes, so a run
@@ -265,16 +283,21 @@ class TextImages:
         return (random_batch(sample, bucket, size, generator) for bucket in sorted(self.canvases))
 
     def described(self) -> Mapping[str, str]:
-        encoded = self.encoded
-        names = [refs[0].placement.bucket.name for refs in encoded.latents]
+        encoded, count = self.encoded, len(self.index.items)
         skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
-        images = f"{len(names)}" + (f", {held} more held out" if held else "")
+        images = f"{count}" + (f", {held} more held out" if held else "")
         images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
+        missed = unseen(self._plan(self.run, self.world), positions, merges=self.bucketing.merge_small)
         return {
             "images": images,
-            "buckets": counted(sorted(names)),
+            **self._report.rows(),
+            **dict(missed),
             "raw latents": in_words((encoded.mean, encoded.std)),
         }
+
+    def figure(self) -> Image.Image:
+        return canvas_figure.canvases(self._report, len(self.index.skipped))
 
     def counted(self) -> str:
         placed = sum(map(len, self.encoded.latents))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nai_xl.data.bucketing import AspectBuckets, SquareBucket, cover, novelai_buckets
+from nai_xl.data.bucketing import AspectBuckets, SquareBucket, aspect_buckets, cover
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Bucket, Bucketing
 
@@ -20,7 +20,7 @@ few = settings(deadline=None, max_examples=150)
 @given(steps=st.integers(1, 20), step=st.sampled_from([8, 32, 64]), aspect=st.floats(1, 8))
 def test_buckets_keep_within_the_area_and_grow_no_taller(steps: int, step: int, aspect: float) -> None:
     resolution = steps * step
-    buckets = novelai_buckets(resolution, step, aspect)
+    buckets = aspect_buckets("half", resolution, step, max_aspect=aspect)
     assert len(set(buckets)) == len(buckets)
     assert Bucket(resolution, resolution) in buckets
     for bucket in buckets:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 
 SIZES = st.lists(st.integers(1, 13), min_size=1, max_size=4)
 few = settings(deadline=None, max_examples=60)
@@ -18,7 +18,7 @@ few = settings(deadline=None, max_examples=60)
 def plan(sizes: list[int], seed: int = 0, chunk: int = 4) -> EpochPlan:
     """Buckets of these sizes, their items interleaved as in a real index."""
     names = sorted((i % size, b) for b, size in enumerate(sizes) for i in range(size))
-    return EpochPlan(by_bucket([b for _, b in names]), seed, chunk)
+    return EpochPlan(by_bucket(numbered([b for _, b in names])), seed, chunk)
 
 
 def head(p: EpochPlan, chunks: int, position: int = 0) -> list[tuple[int, list[int]]]:
@@ -26,7 +26,7 @@ def head(p: EpochPlan, chunks: int, position: int = 0) -> list[tuple[int, list[i
 
 
 def test_buckets_hold_every_item_once_in_order_of_first_appearance() -> None:
-    found = by_bucket(["b", "a", "b", "c", "a", "b"])
+    found = by_bucket(numbered(["b", "a", "b", "c", "a", "b"]))
     assert [items.tolist() for items in found] == [[0, 2, 5], [1, 4], [3]]
 
 
@@ -36,9 +36,9 @@ def test_grouping_equals_its_plain_definition(buckets: list[Hashable]) -> None:
     expected: dict[Hashable, list[int]] = {}
     for number, bucket in enumerate(buckets):
         expected.setdefault(bucket, []).append(number)
-    found = by_bucket(buckets)
+    found = by_bucket(numbered(buckets))
     assert [items.tolist() for items in found] == list(expected.values())
-    assert all(items.dtype == np.int64 for items in found)
+    assert all(items.dtype == np.uint32 for items in found)
 
 
 @few

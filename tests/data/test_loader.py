@@ -15,7 +15,7 @@ from torch import Tensor
 from nai_xl.data import loader
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import PlainCaptions
-from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 from nai_xl.data.index import Index, Item
 from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
@@ -47,7 +47,7 @@ def encoded(count: int = 10) -> Encoded:
 
 
 def plan(data: Encoded, chunk: int, seed: int = 3) -> EpochPlan:
-    return EpochPlan(by_bucket([row[0].placement.bucket for row in data.latents]), seed, chunk)
+    return EpochPlan(by_bucket(numbered([row[0].placement.bucket for row in data.latents])), seed, chunk)
 
 
 def take(count: int, *, start: int = 0, batch_size: int = 2, workers: int = 0, chunk: int = 4) -> list[Batch]:
