@@ -25,15 +25,16 @@ from torch import Tensor, nn
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
-from nai_xl.data.bucketing import SquareBucket
+from nai_xl.data.bucketing import Canvases
 from nai_xl.data.cache import DiskCache, content_key
-from nai_xl.data.index import Index, Item
-from nai_xl.data.loader import Encoded, LatentRef
+from nai_xl.data.index import Index
+from nai_xl.data.loader import Encoded, Placed
+from nai_xl.data.rows import Item
 from nai_xl.engine.loop import RunSettings, Training
 from nai_xl.engine.meter import Meter
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
-from nai_xl.interfaces import Batch, Bucket, Cache, Placement
+from nai_xl.interfaces import Batch, Bucket, Cache
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl.components import Components
 
@@ -250,7 +251,7 @@ def training(
     strategy = spec.start()
     task: Any = spec.task
     components: Any = Components(unet, None, (None, None), (None, None))
-    samples = task.samples(data, SquareBucket(data.latents[0][0].placement.bucket.width))
+    samples = task.samples(data)
     with storage or nullcontext():
         trainable = spec.adapter(task.load(lambda: components))
         for action in spec.memory:
@@ -296,16 +297,21 @@ def random_data(shapes: Shapes, count: int, cache: Cache, canvases: Sequence[Buc
         context = torch.randn(77, shapes.width, generator=draw)
         return put("text", caption, context=context, pooled=torch.randn(shapes.pooled, generator=draw))
 
-    items, refs, texts = [], [], {"": text("")}  # the empty caption stands in where captions are dropped
+    items, texts = [], {"": text("")}  # the empty caption stands in where captions are dropped
     for number in range(count):
         bucket = canvases[number % len(canvases)]
         latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=draw)
-        item = Item(Path(f"{number}.png"), f"caption {number}", (bucket.width, bucket.height), str(number))
-        placement = Placement(bucket, item.size, (0, 0), False)
+        item = Item(Path(f"{number}.png"), f"caption {number}", (bucket.width, bucket.height), f"{number:064x}")
         items.append(item)
-        refs.append([LatentRef(put("latents", number, bucket, latents=latents), placement)])
+        put("latents", item.content, latents=latents)
         texts[item.caption] = text(item.caption)
-    return Encoded(Index(items), refs, texts, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), torch.ones(count))
+    index = Index(items)
+    placed = Placed(
+        index.items,
+        Canvases([(b,) for b in sorted(canvases, key=math.prod)]),
+        lambda content, _: content_key("benchmark", shapes, "latents", content),
+    )
+    return Encoded(index, placed, texts, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), torch.ones(count))
 
 
 def random_batch(

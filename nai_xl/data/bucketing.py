@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Bucket, Placement, Places
+from nai_xl.interfaces import Bucket, Bucketing, Placement, Places
 
 Tier = tuple[Bucket, ...]  # canvases of one area, ordered by aspect
 Scheme = Literal["novelai", "half"]
@@ -81,6 +81,23 @@ def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int]:
     """The size of an image of width x height resized to just cover `bucket`, in whole pixels."""
     factor = max(bucket.width / width, bucket.height / height)
     return max(bucket.width, round(width * factor)), max(bucket.height, round(height * factor))
+
+
+class Assigned(NamedTuple):
+    """`buckets` are those that occur, in order; `of` [N] tells which of them each image's is."""
+
+    buckets: list[Bucket]
+    of: NDArray[np.uint16]
+
+
+def assigned(sizes: NDArray[np.int32], bucketing: Bucketing) -> Assigned:
+    """The buckets of images of `sizes` [N,2], width and height."""
+    numbers, buckets = bucketing.buckets_of(sizes), bucketing.buckets
+    used = np.flatnonzero(np.bincount(numbers, minlength=len(buckets)))
+    order = sorted(used.tolist(), key=buckets.__getitem__)
+    places = np.zeros(len(buckets), np.uint16)
+    places[order] = np.arange(len(order))
+    return Assigned([buckets[number] for number in order], places[numbers])
 
 
 class _Placing:
@@ -182,7 +199,7 @@ class _Placing:
             leaving = counts == 0 if not counts.all() else np.arange(len(counts)) == counts.argmin()
             gone = {left.buckets[i] for i in np.flatnonzero(leaving)}
             tiers = [tuple(b for b in tier if b not in gone) for tier in left.tiers]
-            left = Canvases([tier for tier in tiers if tier], self.crops, self.flip)
+            left = Canvases([tier for tier in tiers if tier], self.crops, self.flip, merge_small=True)
         return left
 
 

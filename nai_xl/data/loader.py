@@ -6,19 +6,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, TypeVar, overload
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nai_xl.data.bucketing import BLOCK, Assigned, assigned
 from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.epoch_plan import EpochPlan
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.rows import Item, Rows
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, Cache, Placement
+from nai_xl.interfaces import Batch, Bucketing, Cache, Placement
 from nai_xl.rng import Draws, draws
 
 T = TypeVar("T")
@@ -34,11 +37,54 @@ class LatentRef:
 
 
 @dataclass(frozen=True)
+class Placed(Sequence[Sequence[LatentRef]]):
+    """Every placement of every image: one row an item, made when it is asked for.
+
+    key: the cache key of an image's content, hexadecimal, on a placement.
+    """
+
+    rows: Rows
+    bucketing: Bucketing
+    key: Callable[[str, Placement], str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> list[LatentRef]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Placed: ...
+    def __getitem__(self, number: int | slice) -> list[LatentRef] | Placed:
+        if isinstance(number, slice):
+            return Placed(self.rows[number], self.bucketing, self.key)
+        return self.of(self.rows[number])
+
+    def of(self, item: Item) -> list[LatentRef]:
+        """Those of an image, whether it is one of these or not."""
+        return [LatentRef(self.key(item.content, place), place) for place in self.bucketing.placements(*item.size)]
+
+    def __iter__(self) -> Iterator[list[LatentRef]]:
+        return map(self.of, self.rows)
+
+    @cached_property
+    def total(self) -> int:
+        """How many placements there are."""
+        sizes = self.rows.sizes
+        blocks = (sizes[start : start + BLOCK] for start in range(0, len(sizes), BLOCK))
+        return sum(int(self.bucketing.places(block).counts.sum()) for block in blocks)
+
+    @cached_property
+    def assigned(self) -> Assigned:
+        """Which bucket each image's is."""
+        return assigned(self.rows.sizes, self.bucketing)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What training reads: the index, and the cache keys of every image's placements and of every text."""
 
     index: Index
-    latents: Sequence[Sequence[LatentRef]]  # one row an item
+    latents: Placed
     texts: dict[str, str]  # text -> key
     cache: Cache
     mean: torch.Tensor  # [4,1,1] of the raw latents

@@ -11,17 +11,13 @@ from numpy.typing import NDArray
 
 from nai_xl.data.bucketing import BLOCK
 from nai_xl.data.epoch_plan import EpochPlan
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
+from nai_xl.data.rows import Rows
 from nai_xl.interfaces import Bucket, Bucketing
 
 Array = NDArray[np.float64]
 SHOWN = 12  # buckets in a line of words
 MUCH, MOST = 2.0, 0.5  # an enlargement, and a share cut away, that a person should know of
-
-
-def sizes_of(items: Sequence[Item]) -> NDArray[np.int32]:
-    """[N,2] widths and heights."""
-    return np.array([item.size for item in items], np.int32).reshape(-1, 2)
 
 
 def enlarged_and_cut(bucketing: Bucketing, sizes: NDArray[np.int32]) -> tuple[NDArray[np.uint16], Array, Array]:
@@ -40,10 +36,10 @@ def within(index: Index, bucketing: Bucketing) -> Index:
     return index.without(dict(_beyond(index.items, bucketing)) | dict(_beyond(index.held_out, bucketing)))
 
 
-def _beyond(items: Sequence[Item], bucketing: Bucketing) -> Iterator[tuple[Any, str]]:
+def _beyond(items: Rows, bucketing: Bucketing) -> Iterator[tuple[Any, str]]:
     """Path and reason of each image beyond a limit."""
     most, largest = bucketing.max_enlarge or np.inf, 1.0 if bucketing.max_cut is None else bucketing.max_cut
-    _, factor, cut = enlarged_and_cut(bucketing, sizes_of(items))
+    _, factor, cut = enlarged_and_cut(bucketing, items.sizes)
     for number in np.flatnonzero((factor > most) | (cut > largest)).tolist():
         if factor[number] > most:
             reason = f"would be enlarged {factor[number]:.3g} times; bucketing.max_enlarge={most:g}"

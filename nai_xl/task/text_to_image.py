@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item, refuse_empty
-from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches, not_finite, shortened
+from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
-from nai_xl.data.report import Report, report, sizes_of, unseen
+from nai_xl.data.report import Report, report, unseen
+from nai_xl.data.rows import Item, Rows
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -102,9 +103,9 @@ class TextToImage:
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, strategy.rank, strategy.world)
-        bucketing = self.bucketing.merged(sizes_of(index.items), self.run.chunk_size(strategy.world))
-        both = Index([*index.items, *self._looked_at(index)])
-        found = encoder.encode_images(both, encoder.latent_refs(both, bucketing))
+        bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
+        refs = encoder.latent_refs(index, bucketing)
+        found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
         bad = dict(strategy.gather_objects(list(found.items())))
         held = [item for item in self._looked_at(index) if item.path not in bad]
         index = index.without(bad)
@@ -123,17 +124,13 @@ class TextToImage:
             )
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
-        first = [row[0] for row in encoder.latent_refs(Index(held), bucketing)]
-        encoded = Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)])
-        return self.samples(encoded, bucketing, strategy.world)
+        shown_to = [(item, refs.of(item)[0]) for item in held]
+        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to), strategy.world)
 
-    def samples(self, encoded: Encoded, bucketing: Bucketing | None = None, world: int = 1) -> TextImages:
-        """What batches are drawn from, of images and texts that lie in a cache.
-
-        bucketing: what the images were placed by, if not the task's; world: processes that train.
-        """
+    def samples(self, encoded: Encoded, world: int = 1) -> TextImages:
+        """What batches are drawn from, of images and texts that lie in a cache. world: processes that train."""
         strata = functools.partial(strata_of, self.objective.timesteps)
-        return TextImages(encoded, self.captions, self.noise, strata, bucketing or self.bucketing, self.run, world)
+        return TextImages(encoded, self.captions, self.noise, strata, self.run, world)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""
@@ -242,7 +239,6 @@ class TextImages:
     captions: Any
     noise: TrainingNoise
     strata: Callable[[int], int | None]
-    bucketing: Bucketing
     run: RunSettings
     world: int
 
@@ -252,7 +248,7 @@ class TextImages:
 
     @property
     def canvases(self) -> set[Bucket]:
-        return set(self._report.buckets)
+        return set(self.encoded.latents.assigned.buckets)
 
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[Batch]:
         per_step = settings.images_per_step(strategy.world)
@@ -267,12 +263,12 @@ class TextImages:
         return batches(self.encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
 
     def _plan(self, settings: RunSettings, world: int) -> EpochPlan:
-        buckets = by_bucket(self.bucketing.buckets_of(sizes_of(self.index.items)))
+        buckets = by_bucket(self.encoded.latents.assigned.of)
         return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
 
     @cached_property
     def _report(self) -> Report:
-        return report(self.bucketing, sizes_of(self.index.items))
+        return report(self.encoded.latents.bucketing, self.index.items.sizes)
 
     def one_of_each_shape(self, size: int) -> Iterator[Batch]:
         """In the buckets' order by size, whatever the run meets first: graphs depend on the order of shapes, so a run
@@ -288,7 +284,7 @@ class TextImages:
         images = f"{count}" + (f", {held} more held out" if held else "")
         images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
         positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
-        missed = unseen(self._plan(self.run, self.world), positions, merges=self.bucketing.merge_small)
+        missed = unseen(self._plan(self.run, self.world), positions, merges=encoded.latents.bucketing.merge_small)
         return {
             "images": images,
             **self._report.rows(),
@@ -300,7 +296,7 @@ class TextImages:
         return canvas_figure.canvases(self._report, len(self.index.skipped))
 
     def counted(self) -> str:
-        placed = sum(map(len, self.encoded.latents))
+        placed = self.encoded.latents.total
         return f"{placed} latents of {len(self.index.items)} images, {len(self.encoded.texts)} texts"
 
     def write(self, run: RunDirectory) -> None:
@@ -310,7 +306,7 @@ class TextImages:
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))
 
 
-def _measured(index: Index, refs: Sequence[Sequence[LatentRef]], encoder: Encoder, strategy: Strategy) -> Moments:
+def _measured(index: Index, refs: Placed, encoder: Encoder, strategy: Strategy) -> Moments:
     """Collective: the moments of all latents. Raises UserError naming the entries by which they are not finite."""
     moments = functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)]))
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):

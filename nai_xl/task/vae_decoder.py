@@ -19,11 +19,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.bucketing import Assigned, assigned
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item, refuse_empty, refuse_without_pictures
+from nai_xl.data.index import Index, refuse_empty, refuse_without_pictures
 from nai_xl.data.loader import RankBatches, whole_batches
 from nai_xl.data.pixels import PixelBatch, PixelDataset, unreadable
-from nai_xl.data.report import Report, report, sizes_of, unseen
+from nai_xl.data.report import Report, report, unseen
+from nai_xl.data.rows import Item
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.loop import RunSettings
@@ -95,7 +97,7 @@ class VaeDecoder:
         index = index.without(bad)
         refuse_empty(index, "data")
         held = [item for item in looked_at if item.path not in bad]
-        bucketing = self.bucketing.merged(sizes_of(index.items), self.run.chunk_size(strategy.world))
+        bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
         return Pictures(index, bucketing, self.zoom, self.recolour, held, self.run, strategy.world)
 
     def _looked_at(self, index: Index) -> list[Item]:
@@ -164,6 +166,10 @@ class Pictures:
     run: RunSettings
     world: int
 
+    @cached_property
+    def _assigned(self) -> Assigned:
+        return assigned(self.index.items.sizes, self.bucketing)
+
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[PixelBatch]:
         sampler = RankBatches(
             self._plan(settings, strategy.world),
@@ -176,16 +182,16 @@ class Pictures:
         return whole_batches(dataset, sampler, workers=settings.workers)
 
     def _plan(self, settings: RunSettings, world: int) -> EpochPlan:
-        buckets = by_bucket(self.bucketing.buckets_of(sizes_of(self.index.items)))
+        buckets = by_bucket(self._assigned.of)
         return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
 
     @cached_property
     def _report(self) -> Report:
-        return report(self.bucketing, sizes_of(self.index.items))
+        return report(self.bucketing, self.index.items.sizes)
 
     def one_of_each_shape(self, size: int) -> Iterator[PixelBatch]:
         generator = torch.Generator().manual_seed(0)
-        for width, height in sorted(self._report.buckets):
+        for width, height in self._assigned.buckets:
             pixels = torch.randn(size, 3, height, width, generator=generator).clamp(-1, 1)
             noise = torch.randn(size, 4, height // 8, width // 8, generator=generator)
             yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
