@@ -22,7 +22,7 @@ from PIL import Image
 
 from nai_xl import config
 from nai_xl.data.captions import PlainCaptions
-from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 from nai_xl.data.index import Index
 from nai_xl.data.loader import PositionDataset
 from nai_xl.data.source.folder import FolderSource
@@ -116,8 +116,8 @@ def plan(count: int) -> Iterator[Row]:
     sizes = [Bucket(64 * (8 + n), 64 * (24 - n)) for n in range(BUCKETS)]
     weights = 1 / (1 + np.arange(BUCKETS))
     buckets = [sizes[n] for n in draw.choice(BUCKETS, size=count, p=weights / weights.sum())]
-    grouped = by_bucket(buckets)
-    whole = timed(lambda: EpochPlan(by_bucket(buckets), seed=0, chunk=32).epoch(1), 5)
+    grouped = by_bucket(numbered(buckets))
+    whole = timed(lambda: EpochPlan(by_bucket(numbered(buckets)), seed=0, chunk=32).epoch(1), 5)
     yield duration(f"epoch plan, {count:,} images, with the grouping", whole, "s", 1, 0.5 * count / MILLION)
     alone = timed(lambda: EpochPlan(grouped, seed=0, chunk=32).epoch(1), 5)
     yield duration(f"epoch plan, {count:,} images, grouped before", alone, "s", 1)

@@ -194,9 +194,29 @@ class Placement(NamedTuple):
         return [*map(float, (original[1], original[0], self.crop[1], left, self.bucket.height, self.bucket.width))]
 
 
+class Places(NamedTuple):
+    """Placements of N images as rows: bucket width, height; resized width, height; crop left, top; flip."""
+
+    rows: NDArray[np.int32]  # [M,7], image after image
+    counts: NDArray[np.int64]  # [N] rows of each image
+
+
 class Bucketing(Protocol):
+    """The canvases, and how an image lands on one. Sizes are widths and heights in pixels, of [N,2] images at once."""
+
+    @property
+    def buckets(self) -> Sequence[Bucket]: ...
+    @property
+    def max_enlarge(self) -> float | None: ...  # images that would be enlarged more are left out
+    @property
+    def max_cut(self) -> float | None: ...  # images that would lose a larger share of their area are left out
+    @property
+    def merge_small(self) -> bool: ...  # whether `merged` has anything to do
     def assign(self, width: int, height: int) -> Bucket: ...
     def placements(self, width: int, height: int) -> list[Placement]: ...
+    def buckets_of(self, sizes: NDArray[np.int32]) -> NDArray[np.uint16]: ...  # [N] places in `buckets`
+    def places(self, sizes: NDArray[np.int32]) -> Places: ...
+    def merged(self, sizes: NDArray[np.int32], chunk: int) -> Bucketing: ...  # without canvases below a chunk of images
 
 
 class Cache(Protocol):

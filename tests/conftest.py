@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from nai_xl import config
-from nai_xl.evals import method_figure
+from nai_xl.data.report import Report
+from nai_xl.evals import canvas_figure, method_figure
 from nai_xl.evals.method_figure import Legend, Variant
 from nai_xl.interfaces import Batch
 
@@ -61,6 +62,21 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     draw = method_figure.method
     monkeypatch.setattr(method_figure, "method", method)
+
+
+CANVASES: dict[str, Image.Image] = {}
+
+
+@pytest.fixture(autouse=True)
+def canvases_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def canvases(report: Report, skipped: int) -> Image.Image:
+        key = repr((report, skipped))
+        if key not in CANVASES:
+            CANVASES[key] = draw(report, skipped)
+        return CANVASES[key].copy()
+
+    draw = canvas_figure.canvases
+    monkeypatch.setattr(canvas_figure, "canvases", canvases)
 
 
 @pytest.fixture

@@ -234,6 +234,14 @@ def unfinished_kin(cfg: DictConfig, home: Path) -> dict[Path, Pace]:
     return found
 
 
+def begun_with_former(cfg: DictConfig, choices: Mapping[str, str]) -> tuple[Path, str] | None:
+    """The run that an earlier version has begun with what were defaults then, and the overrides that continue it."""
+    former = {key: value for key, value in legacy.FORMER.items() if OmegaConf.select(cfg, key) not in (None, value)}
+    older = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}" for key, value in former.items()]))
+    place = run_dir(older, choices)  # type: ignore[arg-type]
+    return (place, " ".join(f"{key}={value}" for key, value in former.items())) if former and place.exists() else None
+
+
 # --- what the package's own options leave out of it -------------------------------------------------------------------
 
 

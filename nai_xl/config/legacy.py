@@ -64,6 +64,8 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "task": {"_target_": "nai_xl.task.text_to_image.TextToImage", "_partial_": True},
 }
 OPTIONS_OF_ADDED = {"adapter": "full", "task": "text_to_image"}
+# settings whose value in conf/ was another in earlier versions -> that value, with which runs of them are continued
+FORMER: Mapping[str, Any] = {"bucketing.scheme": "half"}
 PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # run.mixed_precision -> option of the group precision
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, overload
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nai_xl.data.bucketing import Assigned, assigned
+from nai_xl.data.bucketing import BLOCK, Assigned, assigned
 from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan
 from nai_xl.data.index import Index
@@ -73,8 +72,9 @@ class Placed(Sequence[Sequence[LatentRef]]):
     @cached_property
     def total(self) -> int:
         """How many placements there are."""
-        sizes, times = np.unique(self.rows.sizes, axis=0, return_counts=True)
-        return sum(len(self.bucketing.placements(*size)) * n for size, n in zip(sizes.tolist(), times, strict=True))
+        sizes = self.rows.sizes
+        blocks = (sizes[start : start + BLOCK] for start in range(0, len(sizes), BLOCK))
+        return sum(int(self.bucketing.places(block).counts.sum()) for block in blocks)
 
     @cached_property
     def assigned(self) -> Assigned:
@@ -227,13 +227,12 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         wide = self.batch_size * self.world
-        aligned = self.start - self.start % self.plan.chunk
-        for first, items in self.plan.from_position(aligned):
-            for offset in range(0, self.plan.chunk, wide):
-                if first + offset < self.start:
-                    continue
+        skipped = self.start % self.plan.chunk
+        for first, items in self.plan.from_position(self.start - skipped):
+            for offset in range(-(-skipped // wide) * wide, self.plan.chunk, wide):
                 begin = offset + self.rank * self.batch_size
                 yield list(enumerate(items[begin : begin + self.batch_size].tolist(), start=first + begin))
+            skipped = 0
 
 
 def batches(

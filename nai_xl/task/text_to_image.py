@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.report import Report, report, unseen
 from nai_xl.data.rows import Item, Rows
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
@@ -27,12 +29,11 @@ from nai_xl.diffusion.timesteps import strata_of
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import ModuleState
-from nai_xl.engine.console import counted
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.nonfinite import Sample, Traced
 from nai_xl.errors import UserError, keyed
-from nai_xl.evals import method_figure
+from nai_xl.evals import canvas_figure, method_figure
 from nai_xl.evals.painter import Studio
 from nai_xl.files import write_atomically
 from nai_xl.interfaces import (
@@ -81,6 +82,7 @@ class TextToImage:
     native: Native
     precision: Any
     memory: Sequence[MemoryAction]
+    run: RunSettings
     components: Components = field(init=False, repr=False)
     size: int = field(init=False, repr=False)  # parameters of the UNet
     live: LiveEncoders | None = field(default=None, init=False, repr=False)  # where the step encodes the text
@@ -114,7 +116,8 @@ class TextToImage:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
         stored: Stored = self.latents.stored or ("bf16" if self.precision.autocast == "bf16" else "fp32")
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
-        refs = encoder.latent_refs(index, self.bucketing)
+        bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
+        refs = encoder.latent_refs(index, bucketing)
         found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
         bad = dict(strategy.gather_objects(list(found.items())))
         held = [item for item in self._looked_at(index) if item.path not in bad]
@@ -124,7 +127,7 @@ class TextToImage:
         if strategy.first:
             self.cut = long_captions.told(index.items, self.captions, self.components.tokenizers[0], self.text.chunks)
         strategy.wait()
-        refs = encoder.latent_refs(index, self.bucketing)
+        refs = encoder.latent_refs(index, bucketing)
         if run.latents.is_file():  # those that the run began with, whatever has become of the cache
             mean, std = read_statistics(run.latents)
         else:
@@ -135,7 +138,7 @@ class TextToImage:
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
         shown_to = [(item, refs.of(item)[0]) for item in held]
-        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to))
+        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to), strategy.world)
 
     def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> dict[str, str]:
         """The cache keys of all texts; none where they are encoded in the steps, for which all is made ready."""
@@ -148,10 +151,14 @@ class TextToImage:
         wanted = chain(drawn, shown, (item.caption for item in held))
         return encoder.encode_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
 
-    def samples(self, encoded: Encoded) -> TextImages:
-        """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache."""
+    def samples(self, encoded: Encoded, world: int = 1) -> TextImages:
+        """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache.
+
+        world: processes that train.
+        """
         strata = functools.partial(strata_of, self.objective.timesteps)
-        return TextImages(encoded, self.captions, self.noise, strata, self.live.tokens if self.live else None)
+        tokens = self.live.tokens if self.live else None
+        return TextImages(encoded, self.captions, self.noise, strata, self.run, world, tokens)
 
     @property
     def computed(self) -> torch.dtype:
@@ -272,14 +279,17 @@ class TextToImage:
 class TextImages:
     """Encoded images and captions, and how a sample is drawn from them.
 
-    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none.
-    tokens: what the loader tells of texts that the step encodes; None where they are encoded too.
+    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none. run,
+    world: the training that the table at its start tells of. tokens: what the loader tells of texts that the step
+    encodes; None where they are encoded too.
     """
 
     encoded: Encoded
     captions: Any
     noise: TrainingNoise
     strata: Callable[[int], int | None]
+    run: RunSettings
+    world: int
     tokens: Tokens | None = None
 
     @property
@@ -292,9 +302,8 @@ class TextImages:
 
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[Batch]:
         per_step = settings.images_per_step(strategy.world)
-        buckets = by_bucket(self.encoded.latents.assigned.of.tolist())
         sampler = RankBatches(
-            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            self._plan(settings, strategy.world),
             start=start * per_step,
             batch_size=settings.batch_size,
             rank=strategy.rank,
@@ -310,6 +319,14 @@ class TextImages:
             tokens=self.tokens,
         )
 
+    def _plan(self, settings: RunSettings, world: int) -> EpochPlan:
+        buckets = by_bucket(self.encoded.latents.assigned.of)
+        return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
+
+    @cached_property
+    def _report(self) -> Report:
+        return report(self.encoded.latents.bucketing, self.index.items.sizes)
+
     def one_of_each_shape(self, size: int) -> Iterator[Batch]:
         """In the buckets' order by size, whatever the run meets first: graphs depend on the order of shapes, so a run
         that is continued gets those that it had.
@@ -319,15 +336,21 @@ class TextImages:
         return (random_batch(sample, bucket, size, generator) for bucket in sorted(self.canvases))
 
     def described(self) -> Mapping[str, str]:
-        encoded = self.encoded
+        encoded, count = self.encoded, len(self.index.items)
         skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
-        images = f"{len(encoded.index.items)}" + (f", {held} more held out" if held else "")
+        images = f"{count}" + (f", {held} more held out" if held else "")
         images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
+        missed = unseen(self._plan(self.run, self.world), positions, merges=encoded.latents.bucketing.merge_small)
         return {
             "images": images,
-            "buckets": counted(encoded.latents.assigned.counts()),
+            **self._report.rows(),
+            **dict(missed),
             "raw latents": in_words((encoded.mean, encoded.std)),
         }
+
+    def figure(self) -> Image.Image:
+        return canvas_figure.canvases(self._report, len(self.index.skipped))
 
     def counted(self) -> str:
         texts = f"{len(self.encoded.texts)} texts" if self.tokens is None else "texts are encoded in the steps"

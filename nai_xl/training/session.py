@@ -278,11 +278,18 @@ class Session:
             )
         if start == 0 and self.strategy.first and not self.spec.cfg.sweep.name:
             self._say_kin(run.batch_size * world)
-        if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
-            tracker.figure("method", 0, figure)
+        if start == 0 and self.strategy.first:
+            for name, figure in (("method", task.figure(self.choices)), ("canvases", data.figure())):
+                if figure:
+                    tracker.figure(name, 0, figure)
 
     def _say_kin(self, wide: int) -> None:
-        """That an unfinished run is the same but for its pace: most likely, another number of processes trained it."""
+        """That a run is the same but for a default of an earlier version, or an unfinished one but for its pace: most
+        likely, another number of processes trained it.
+        """
+        if former := config.begun_with_former(self.spec.cfg, self.choices):
+            path, overrides = former
+            self.screen.say(f"{path} is this run with the defaults of an earlier version; {overrides} continues it")
         for path, pace in config.unfinished_kin(self.spec.cfg, self.home.path).items():
             accum, rest = divmod(pace.images_per_step, wide)
             how = "" if rest or not accum else f"; run.grad_accum={accum} run.chunk={pace.chunk} continues that one"

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nai_xl.data import loader
+from nai_xl.data.bucketing import Canvases
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import PlainCaptions
-from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
@@ -29,8 +31,11 @@ WIDE, TALL = Bucket(48, 32), Bucket(32, 48)
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1), torch.tensor([2.0, 0.5, 4.0, 1.0]).view(4, 1, 1)
 
 
-class ByTurns:
+class ByTurns(Canvases):
     """Canvases of images that are 100, 101, ... pixels wide."""
+
+    def buckets_of(self, sizes: NDArray[np.int32]) -> NDArray[np.uint16]:
+        return (sizes[:, 0] % 2).astype(np.uint16)
 
     def assign(self, width: int, height: int) -> Bucket:
         return TALL if width % 2 else WIDE
@@ -54,12 +59,14 @@ def encoded(count: int = 10) -> Encoded:
             latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=generator)
             cache.put(f"latent {i} {crop}", {"latents": latents})
     index = Index(items)
-    placed = Placed(index.items, ByTurns(), lambda content, place: f"latent {int(content, 16)} {place.crop[0]}")
+    placed = Placed(
+        index.items, ByTurns([(WIDE, TALL)]), lambda content, place: f"latent {int(content, 16)} {place.crop[0]}"
+    )
     return Encoded(index, placed, texts, cache, MEAN, STD, torch.arange(1.0, count + 1))
 
 
 def plan(data: Encoded, chunk: int, seed: int = 3) -> EpochPlan:
-    return EpochPlan(by_bucket([row[0].placement.bucket for row in data.latents]), seed, chunk)
+    return EpochPlan(by_bucket(numbered([row[0].placement.bucket for row in data.latents])), seed, chunk)
 
 
 def take(count: int, *, start: int = 0, batch_size: int = 2, workers: int = 0, chunk: int = 4) -> list[Batch]:
