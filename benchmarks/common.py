@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.data.cache import DiskCache, content_key
-from nai_xl.data.index import Index, Item
-from nai_xl.data.loader import Encoded, LatentRef
+from nai_xl.data.index import Index
+from nai_xl.data.loader import Encoded, Placed
+from nai_xl.data.rows import Item
 from nai_xl.engine.loop import RunSettings, Training
 from nai_xl.engine.meter import Meter
 from nai_xl.engine.precompile import precompile
@@ -281,6 +282,16 @@ def shapes(unet: Any, resolution: int) -> Shapes:
     return Shapes(resolution, c.cross_attention_dim, pooled)
 
 
+class AsLarge:
+    """A canvas of each image's own size."""
+
+    def assign(self, width: int, height: int) -> Bucket:
+        return Bucket(width, height)
+
+    def placements(self, width: int, height: int) -> list[Placement]:
+        return [Placement(Bucket(width, height), (width, height), (0, 0), False)]
+
+
 def random_data(shapes: Shapes, count: int, cache: Cache, canvases: Sequence[Bucket] = ()) -> Encoded:
     """`count` samples of random numbers in `cache`, never zeros: products with zeros run faster. Seeded, float32."""
     draw = torch.Generator().manual_seed(0)
@@ -295,16 +306,17 @@ def random_data(shapes: Shapes, count: int, cache: Cache, canvases: Sequence[Buc
         context = torch.randn(77, shapes.width, generator=draw)
         return put("text", caption, context=context, pooled=torch.randn(shapes.pooled, generator=draw))
 
-    items, refs, texts = [], [], {"": text("")}  # the empty caption stands in where captions are dropped
+    items, texts = [], {"": text("")}  # the empty caption stands in where captions are dropped
     for number in range(count):
         bucket = canvases[number % len(canvases)]
         latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=draw)
-        item = Item(Path(f"{number}.png"), f"caption {number}", (bucket.width, bucket.height), str(number))
-        placement = Placement(bucket, item.size, (0, 0), False)
+        item = Item(Path(f"{number}.png"), f"caption {number}", (bucket.width, bucket.height), f"{number:064x}")
         items.append(item)
-        refs.append([LatentRef(put("latents", number, bucket, latents=latents), placement)])
+        put("latents", item.content, latents=latents)
         texts[item.caption] = text(item.caption)
-    return Encoded(Index(items), refs, texts, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), torch.ones(count))
+    index = Index(items)
+    placed = Placed(index.items, AsLarge(), lambda content, _: content_key("benchmark", shapes, "latents", content))
+    return Encoded(index, placed, texts, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), torch.ones(count))
 
 
 def random_batch(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -15,6 +16,9 @@ from nai_xl import config
 from nai_xl.evals import method_figure
 from nai_xl.evals.method_figure import Legend, Variant
 from nai_xl.interfaces import Batch
+
+settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they bring
 

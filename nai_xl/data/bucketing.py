@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Bucket, Placement
+from nai_xl.interfaces import Bucket, Bucketing, Placement
 
 
 def novelai_buckets(resolution: int, step: int, max_aspect: float) -> list[Bucket]:
@@ -30,6 +32,26 @@ def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int]:
     """The size of an image of width x height resized to just cover `bucket`, in whole pixels."""
     factor = max(bucket.width / width, bucket.height / height)
     return max(bucket.width, round(width * factor)), max(bucket.height, round(height * factor))
+
+
+class Assigned(NamedTuple):
+    """`buckets` are those that occur, in order; `of` [N] tells which of them each image's is."""
+
+    buckets: list[Bucket]
+    of: NDArray[np.intp]
+
+    def counts(self) -> dict[str, int]:
+        """Name -> images, by name."""
+        return dict(sorted((b.name, int(n)) for b, n in zip(self.buckets, np.bincount(self.of), strict=True)))
+
+
+def assigned(sizes: NDArray[np.int32], bucketing: Bucketing) -> Assigned:
+    """The buckets of images of `sizes` [N,2], width and height."""
+    unique, of = np.unique(sizes, axis=0, return_inverse=True)
+    found = [bucketing.assign(width, height) for width, height in unique.tolist()]
+    buckets = sorted(set(found))
+    places = {bucket: place for place, bucket in enumerate(buckets)}
+    return Assigned(buckets, np.array([places[bucket] for bucket in found], np.intp)[of])
 
 
 class _Placing:

@@ -7,52 +7,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from nai_xl.errors import UserError, one_line
+from nai_xl.data.rows import Item, Rows
+from nai_xl.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nai_xl.diffusion.ideal import Law
-    from nai_xl.interfaces import Bucket
-
-# struct.error: Pillow, on some damaged EXIF
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error)
-
-
-class Drawn(Protocol):
-    """Latents that a source makes itself, for whatever canvas; hashable."""
-
-    def latents(self, bucket: Bucket) -> Tensor:
-        """[4,h,w] float32, raw: before normalisation."""
-        ...
-
-    def law(self, bucket: Bucket) -> Law:
-        """The distribution that `latents` come from, given the caption."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image: `size` is (width, height) as seen, after EXIF rotation; `content` hashes the file's bytes.
-
-    `drawn`: latents without a picture. `path` is then a name and no file, and `content` hashes all that they are made
-    from.
-    """
-
-    path: Path
-    caption: str
-    size: tuple[int, int]
-    content: str
-    drawn: Drawn | None = None
+AT_ONCE = 1 << 16  # rows that a fingerprint reads at a time
+BETWEEN = "\x1e"  # captions of one image
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +32,17 @@ class Skipped:
 
 @dataclass(slots=True)
 class Index:
-    """The usable images, ordered by their content, and the skipped ones. What is held out is not among the items."""
+    """The usable images, ordered by their content, and the skipped ones. What is held out is not among the items.
 
-    items: list[Item]
-    skipped: list[Skipped] = field(default_factory=list)
-    held_out: list[Item] = field(default_factory=list)
+    Any iterable of items will do; kept are Rows.
+    """
+
+    items: Rows
+    skipped: list[Skipped]
+    held_out: Rows
+
+    def __init__(self, items: Iterable[Item], skipped: Sequence[Skipped] = (), held_out: Iterable[Item] = ()):
+        self.items, self.skipped, self.held_out = Rows.of(items), list(skipped), Rows.of(held_out)
 
     def hold_out(self, share: float) -> Index:
         """The index with about `share` of its images held out: those whose content's hash lies below it.
@@ -75,20 +50,30 @@ class Index:
         So an image is held out whatever the others are and wherever it lies, and its copies with it. Raises UserError
         when nothing is left to train on.
         """
-        held = [item for item in self.items if is_held_out(item, share)]
-        kept = [item for item in self.items if not is_held_out(item, share)]
-        if not kept:
+        held = are_held_out(self.items.contents, share)
+        if held.all():
             raise UserError(f"data.held_out={share} holds out all {len(held)} images; set a smaller share")
-        return Index(kept, self.skipped, held)
+        if not held.any():
+            return self
+        kept, aside = (self.items.take(np.flatnonzero(mask)) for mask in (~held, held))
+        return Index(kept, self.skipped, aside)
 
     def fingerprint(self) -> str:
-        """16 hex characters over every image's content and caption, whatever the folder or file is called."""
-        rows = sorted(f"{item.content} {item.caption}" for item in self.items)
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+        """16 hex characters over every image's content and captions, whatever the folder or file is called."""
+        whole = hashlib.sha256()
+        for number, row in enumerate(_in_order(self.items)):
+            whole.update((b"\n" if number else b"") + row)
+        return whole.hexdigest()[:16]
 
     def without(self, unusable: dict[Path, str]) -> Index:
         """The index less the images that turned out unusable, with their reasons."""
-        kept, held = ([x for x in items if x.path not in unusable] for items in (self.items, self.held_out))
+        if not unusable:
+            return self
+        named = pa.array([os.fsencode(path) for path in unusable], pa.binary())
+        kept, held = (
+            rows.take(np.flatnonzero(~pc.is_in(rows.column("path"), named).to_numpy()))
+            for rows in (self.items, self.held_out)
+        )
         return Index(kept, [*self.skipped, *(Skipped(path, reason) for path, reason in unusable.items())], held)
 
     def write_skipped(self, path: Path) -> None:
@@ -99,45 +84,31 @@ class Index:
             writer.writerows((str(skip.path), skip.reason) for skip in self.skipped)
 
 
+def _in_order(rows: Rows) -> Iterator[bytes]:
+    """Content and captions of each image, sorted."""
+    found = [row for start in range(0, len(rows), AT_ONCE) for row in _words(rows[start : start + AT_ONCE])]
+    return iter(sorted(found))
+
+
+def _words(rows: Rows) -> Iterator[bytes]:
+    captions = rows.column("captions").to_pylist()
+    for content, several in zip(rows.column("content").to_pylist(), captions, strict=True):
+        yield f"{content.hex()} {BETWEEN.join(several)}".encode()
+
+
+def are_held_out(contents: NDArray[np.uint8], share: float) -> NDArray[np.bool_]:
+    """[N] of contents [N,32]: whether the first 52 bits, as a number from 0 to 1, lie below `share`."""
+    first = np.ascontiguousarray(contents[:, :8]).view(">u8")[:, 0] >> 12
+    return first.astype(np.float64) < share * 16**13
+
+
 def is_held_out(item: Item, share: float) -> bool:
     return int(item.content[:13], 16) < share * 16**13
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """The whole image as 8-bit RGB: EXIF rotation applied, transparency laid on white, 16-bit grey scaled down.
-
-    Raises one of UNREADABLE for a file that is not a whole image.
-    """
-    with Image.open(path) as file:
-        file.load()
-        ImageOps.exif_transpose(file, in_place=True)
-        return _as_rgb(file)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of its own, even of one that is RGB already."""
-    if image.mode.startswith(("I", "F")):
-        # Pillow would clip 16-bit grey at 255
-        return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def reopen(item: Item) -> Image.Image:
-    """open_rgb of an image that was there when the run began. Raises UserError if it has gone or been damaged since."""
-    try:
-        return open_rgb(item.path)
-    except UNREADABLE as error:
-        raise UserError(
-            f"{item.path} can no longer be read ({one_line(error)}); bring it back and run the same command again"
-        ) from error
-
-
-def refuse_without_pictures(items: Iterable[Item], reader: str, instead: str) -> None:
+def refuse_without_pictures(items: Sequence[Item], reader: str, instead: str) -> None:
     """Raise UserError where an item has latents only. reader: what needs pictures; instead: the override that helps."""
-    if any(item.drawn is not None for item in items):
+    if any(item.drawn is not None for item in items[:1]):  # no source has both
         raise UserError(f"{reader} needs pictures, and these data are latents without any; set {instead}")
 
 

@@ -8,17 +8,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nai_xl.data.bucketing import Assigned, assigned
 from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.rows import Item, Rows
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Batch, Cache, Placement
+from nai_xl.interfaces import Batch, Bucketing, Cache, Placement
 from nai_xl.rng import Draws, draws
 
 T = TypeVar("T")
@@ -34,11 +38,53 @@ class LatentRef:
 
 
 @dataclass(frozen=True)
+class Placed(Sequence[Sequence[LatentRef]]):
+    """Every placement of every image: one row an item, made when it is asked for.
+
+    key: the cache key of an image's content, hexadecimal, on a placement.
+    """
+
+    rows: Rows
+    bucketing: Bucketing
+    key: Callable[[str, Placement], str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> list[LatentRef]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Placed: ...
+    def __getitem__(self, number: int | slice) -> list[LatentRef] | Placed:
+        if isinstance(number, slice):
+            return Placed(self.rows[number], self.bucketing, self.key)
+        return self.of(self.rows[number])
+
+    def of(self, item: Item) -> list[LatentRef]:
+        """Those of an image, whether it is one of these or not."""
+        return [LatentRef(self.key(item.content, place), place) for place in self.bucketing.placements(*item.size)]
+
+    def __iter__(self) -> Iterator[list[LatentRef]]:
+        return map(self.of, self.rows)
+
+    @cached_property
+    def total(self) -> int:
+        """How many placements there are."""
+        sizes, times = np.unique(self.rows.sizes, axis=0, return_counts=True)
+        return sum(len(self.bucketing.placements(*size)) * n for size, n in zip(sizes.tolist(), times, strict=True))
+
+    @cached_property
+    def assigned(self) -> Assigned:
+        """Which bucket each image's is."""
+        return assigned(self.rows.sizes, self.bucketing)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What training reads: the index, and the cache keys of every image's placements and of every text."""
 
     index: Index
-    latents: Sequence[Sequence[LatentRef]]  # one row an item
+    latents: Placed
     texts: dict[str, str]  # text -> key; {} where the step encodes the text
     cache: Cache
     mean: torch.Tensor  # [4,1,1] of the raw latents
@@ -63,7 +109,7 @@ class Encoded:
     def drawn(self, draw: Draws, number: int, captions: Captions) -> tuple[LatentRef, str]:
         """The placement and the text of a sample of item `number`."""
         row = self.latents[number]
-        return row[draw.choice("placement", len(row))], captions.pick((self.index.items[number].caption,), draw)
+        return row[draw.choice("placement", len(row))], captions.pick(self.index.items[number].captions, draw)
 
     def read(self, key: str, of: object = "") -> dict[str, torch.Tensor]:
         return read(self.cache, key, of)

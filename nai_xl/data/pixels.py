@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nai_xl.data.bucketing import cover
-from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb, reopen
+from nai_xl.data.images import UNREADABLE, on_canvas, picture, reopen, to_pixels
+from nai_xl.data.index import Index
+from nai_xl.data.rows import Item
 from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucket, Bucketing, Placement
 from nai_xl.rng import Draws, draws
@@ -76,7 +77,7 @@ class PixelDataset(Dataset[PixelBatch]):
 def unreadable(item: Item) -> str | None:
     """Why an image cannot be read whole; None for one that can."""
     try:
-        open_rgb(item.path)
+        picture(item)
     except UNREADABLE as error:
         return f"not a whole image: {one_line(error)}"
     return None

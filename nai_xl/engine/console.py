@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -68,8 +68,7 @@ class Screen:
             self.bar.close()
 
 
-def counted(names: Sequence[str], limit: int = 12) -> str:
-    """'3 x 128x128, 2 x 160x96' for a list of names."""
-    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+def counted(counts: Mapping[str, int], limit: int = 12) -> str:
+    """'3 in 128x128, 2 in 160x96' for name -> count."""
     shown = [f"{count} in {name}" for name, count in list(counts.items())[:limit]]
     return ", ".join(shown) + (f", and {len(counts) - limit} more" if len(counts) > limit else "")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from nai_xl.data.cache import content_key
-from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import UNREADABLE, Index, Item, open_rgb
-from nai_xl.data.loader import LatentRef, read
+from nai_xl.data.images import UNREADABLE, on_canvas, picture, to_pixels
+from nai_xl.data.index import Index
+from nai_xl.data.loader import LatentRef, Placed, read
+from nai_xl.data.rows import Item
 from nai_xl.distributed import activity
 from nai_xl.errors import UserError, one_line
 from nai_xl.interfaces import Bucketing, Cache, Placement
@@ -47,22 +48,19 @@ class Encoder:
     def _vae(self) -> str:
         return fingerprint(self.components.vae)
 
-    def latent_refs(self, index: Index, bucketing: Bucketing) -> list[list[LatentRef]]:
+    def latent_refs(self, index: Index, bucketing: Bucketing) -> Placed:
         """The cache keys of every placement of every image; nothing is read or encoded."""
+        vae, dtype = self._vae, self.dtype
 
-        @cache  # images of one size are placed alike
-        def places(width: int, height: int) -> list[tuple[Placement, str]]:
-            return [(place, str(place)) for place in bucketing.placements(width, height)]
+        def key(content: str, place: Placement) -> str:
+            return content_key("latent", VERSION, content, vae, dtype, place)
 
-        def key(item: Item, place: str) -> str:
-            return content_key("latent", VERSION, item.content, self._vae, self.dtype, place)
+        return Placed(index.items, bucketing, key)
 
-        return [[LatentRef(key(item, name), place) for place, name in places(*item.size)] for item in index.items]
-
-    def encode_images(self, index: Index, refs: Sequence[Sequence[LatentRef]]) -> dict[Path, str]:
+    def encode_images(self, wanted: Sequence[Placed]) -> dict[Path, str]:
         """Encode, or draw, what the cache lacks. Returns the images that could not be decoded, with the reason."""
         activity.doing("encoding the images")
-        jobs = [(item, ref) for item, row in zip(index.items, refs, strict=True) for ref in row]
+        jobs = [(item, ref) for placed in wanted for item in placed.rows for ref in placed.of(item)]
         bad: dict[Path, str] = {}
         vae = self.components.vae.to(self.device)
         with (
@@ -112,7 +110,7 @@ class Encoder:
         """This rank's rows, chosen by their place and not by what is missing: other ranks are writing meanwhile."""
         return rows[self.rank :: self.world] if self.cache.shared else rows
 
-    def measure(self, refs: Sequence[Sequence[LatentRef]]) -> Moments:
+    def measure(self, refs: Placed) -> Moments:
         """The moments of this rank's share of all cached latents; those of all ranks add up to the whole."""
         keys = [ref.key for row in refs for ref in row][self.rank :: self.world]
         with tqdm(keys, desc="measuring latents", disable=self.rank > 0) as bar:
@@ -149,7 +147,7 @@ class Encoder:
 def _canvas(job: tuple[Item, LatentRef]) -> torch.Tensor | str:
     """The picture on its canvas, or why the file cannot be read."""
     try:
-        return to_pixels(on_canvas(open_rgb(job[0].path), job[1].placement))
+        return to_pixels(on_canvas(picture(job[0]), job[1].placement))
     except UNREADABLE as error:
         return f"not a whole image: {one_line(error)}"
 

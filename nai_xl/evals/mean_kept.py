@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nai_xl.data.index import Item
 from nai_xl.data.loader import LatentRef
+from nai_xl.data.rows import Item
 from nai_xl.diffusion.ideal import Law, sampled
 from nai_xl.diffusion.sampling import sample_latents
 from nai_xl.evals.optimality import conditions, known, law_of

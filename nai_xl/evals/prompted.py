@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from nai_xl.data.index import Item
+from nai_xl.data.rows import Item
 from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Studio
 from nai_xl.interfaces import Bucket, Direction

@@ -20,13 +20,14 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from nai_xl.data.images import on_canvas
-from nai_xl.data.index import Item, refuse_without_pictures, reopen
+from nai_xl.data.images import on_canvas, reopen
+from nai_xl.data.index import refuse_without_pictures
 from nai_xl.data.loader import Encoded
+from nai_xl.data.rows import Item
 from nai_xl.errors import UserError, one_line
 from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Studio
-from nai_xl.evals.val_loss import item_name
+from nai_xl.evals.val_loss import first, item_name
 from nai_xl.interfaces import Direction, Placement
 from nai_xl.record.items import mean, report
 
@@ -140,17 +141,16 @@ class Quality:
 
     def _chosen(self, items: Sequence[Item]) -> list[Item]:
         """The first `count`. Items are in the order of their contents' hashes, so this is a random choice."""
-        return list({item_name(item): item for item in items}.values())[: self.count]
+        return first(items, self.count)
 
     def _references(self, encoded: Encoded) -> tuple[list[Item], list[Placement], str]:
-        pairs = [(item, ref) for item, ref in encoded.held_out]
-        what = "held-out" if pairs else "training"
-        pairs = pairs or [(item, row[0]) for item, row in zip(encoded.index.items, encoded.latents, strict=True)]
-        placed = {item_name(item): ref.placement for item, ref in pairs}
-        items = self._chosen([item for item, _ in pairs])
+        held = {item: ref.placement for item, ref in encoded.held_out}
+        what = "held-out" if held else "training"
+        items = self._chosen([*held] or encoded.index.items)
         if len(items) < 2:
             raise UserError(f"evals=quality compares with at least 2 images; there is {len(items)} {what} one")
-        return items, [placed[item_name(item)] for item in items], what
+        placements = [held[item] if held else encoded.latents.of(item)[0].placement for item in items]
+        return items, placements, what
 
     def _features(self, extractor: nn.Module, images: Iterable[Image.Image], device: torch.device) -> Tensor:
         """[N,D] float64 on the CPU, in the images' order. Neighbours of equal size are computed together."""

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from nai_xl.data.images import on_canvas, to_pixels
-from nai_xl.data.index import Item, reopen
+from nai_xl.data.images import on_canvas, reopen, to_pixels
+from nai_xl.data.rows import Item
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet
-from nai_xl.evals.val_loss import item_name
+from nai_xl.evals.val_loss import first, item_name
 from nai_xl.interfaces import Bucketing, Direction, Ema, Tracker
 from nai_xl.record.items import report
 
@@ -54,7 +54,7 @@ class Reconstruction:
         return []
 
     def held_out(self, items: Sequence[Item]) -> list[Item]:
-        return list({item_name(item): item for item in items}.values())[: self.count]
+        return first(items, self.count)
 
     def run(self, step: int, studio: AutoencoderStudio) -> dict[str, float]:
         """Paint, measure, write each picture's value, and return the mean."""

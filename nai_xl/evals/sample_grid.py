@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from nai_xl.data.images import on_canvas
-from nai_xl.data.index import UNREADABLE, Item, open_rgb
+from nai_xl.data.images import UNREADABLE, on_canvas, picture
+from nai_xl.data.rows import Item
 from nai_xl.evals.contact_sheet import Prompt, contact_sheet, unavailable
 from nai_xl.evals.painter import Studio
 from nai_xl.interfaces import Direction, Placement
@@ -62,8 +62,8 @@ class SampleGrid:
         return [Prompt(text, studio.square) for text in self.prompts or ()]
 
     def _from_images(self, studio: Studio) -> list[Prompt]:
-        placed = dict(zip(studio.encoded.index.items, studio.encoded.latents, strict=True))
-        chosen = [(item, placed[item][0].placement) for item in self.picked(studio.encoded.index.items)]
+        encoded = studio.encoded
+        chosen = [(item, encoded.latents.of(item)[0].placement) for item in self.picked(encoded.index.items)]
         return [Prompt(item.caption, p.bucket, _picture(item, p)) for item, p in chosen]
 
 
@@ -72,6 +72,6 @@ def _picture(item: Item, placement: Placement) -> Image.Image | None:
     if item.drawn is not None:
         return None
     try:
-        return on_canvas(open_rgb(item.path), placement)
+        return on_canvas(picture(item), placement)
     except UNREADABLE:
         return unavailable(placement.bucket, f"{item.path.name} can no longer be read")

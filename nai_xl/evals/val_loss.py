@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nai_xl.data.cache import content_key
 from nai_xl.data.epoch_plan import by_bucket
-from nai_xl.data.index import Item
 from nai_xl.data.loader import Encoded, LatentRef
+from nai_xl.data.rows import Item
 from nai_xl.diffusion.denoiser import predict
 from nai_xl.engine.meter import bands
 from nai_xl.errors import UserError
@@ -136,7 +136,12 @@ class ValLoss:
 
 def first(items: Iterable[Item], count: int) -> list[Item]:
     """The first `count`, none twice."""
-    return list({item_name(item): item for item in items}.values())[:count]
+    found: dict[str, Item] = {}
+    for item in items:
+        if len(found) == count:
+            break
+        found.setdefault(item_name(item), item)
+    return list(found.values())
 
 
 def by_canvas(

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded
+from nai_xl.data.rows import Item
 from nai_xl.diffusion.sampling import Sampling
 from nai_xl.engine.encode import Encoder
 from nai_xl.evals.painter import Studio
@@ -42,7 +43,7 @@ class Bench:
     cache: Cache
     precision: Precision
     square: Bucket
-    items: list[Item]  # that evaluators may look at
+    items: Sequence[Item]  # that evaluators may look at
     device: torch.device
     notes: list[str] = field(default_factory=list)
     first: Encoded | None = None
@@ -101,11 +102,11 @@ class Bench:
     def _encode(self, encoder: Encoder, std: Tensor) -> Encoded:
         looked_at = self._looked_at()
         index = Index(looked_at)
-        if bad := encoder.encode_images(index, encoder.latent_refs(index, self.bucketing)):
+        refs = encoder.latent_refs(index, self.bucketing)
+        if bad := encoder.encode_images([refs]):
             self.items = [item for item in self.items if item.path not in bad]
             self.notes += [f"{path}: {reason}: left out" for path, reason in bad.items()]
             return self._encode(encoder, std)  # others take their places
-        refs = encoder.latent_refs(index, self.bucketing)
         held = [*zip(looked_at, (row[0] for row in refs), strict=True)]
         return Encoded(index, refs, {}, self.cache, torch.zeros(4, 1, 1), std, torch.ones(len(held)), held)
 
@@ -113,7 +114,7 @@ class Bench:
         """Note a model whose autoencoder makes other latents of the same images."""
         some = Index(encoded.index.items[:LOOKED_AT])
         refs = encoder.latent_refs(some, self.bucketing)
-        encoder.encode_images(some, refs)
+        encoder.encode_images([refs])
         own = replace(encoded, std=std)
         far = 0.0
         for [ref, *_], (_, theirs) in zip(refs, encoded.held_out[:LOOKED_AT], strict=True):

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item, refuse_empty
-from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches, not_finite, shortened
+from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.rows import Item, Rows
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -112,8 +113,8 @@ class TextToImage:
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, strategy.rank, strategy.world)
-        both = Index([*index.items, *self._looked_at(index)])
-        found = encoder.encode_images(both, encoder.latent_refs(both, self.bucketing))
+        refs = encoder.latent_refs(index, self.bucketing)
+        found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
         bad = dict(strategy.gather_objects(list(found.items())))
         held = [item for item in self._looked_at(index) if item.path not in bad]
         index = index.without(bad)
@@ -132,8 +133,8 @@ class TextToImage:
             )
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
-        first = [row[0] for row in encoder.latent_refs(Index(held), self.bucketing)]
-        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, [*zip(held, first, strict=True)]))
+        shown_to = [(item, refs.of(item)[0]) for item in held]
+        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to))
 
     def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> dict[str, str]:
         """The cache keys of all texts; none where they are encoded in the steps, for which all is made ready."""
@@ -141,7 +142,7 @@ class TextToImage:
             parts, device = self.components, encoder.device
             self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
             return {}
-        drawn = chain.from_iterable(self.captions.texts((item.caption,)) or () for item in index.items)
+        drawn = chain.from_iterable(self.captions.texts(item.captions) or () for item in index.items)
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
         wanted = chain(drawn, shown, (item.caption for item in held))
         return encoder.encode_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
@@ -286,11 +287,11 @@ class TextImages:
 
     @property
     def canvases(self) -> set[Bucket]:
-        return {ref.placement.bucket for refs in self.encoded.latents for ref in refs}
+        return set(self.encoded.latents.assigned.buckets)
 
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[Batch]:
         per_step = settings.images_per_step(strategy.world)
-        buckets = by_bucket([refs[0].placement.bucket for refs in self.encoded.latents])
+        buckets = by_bucket(self.encoded.latents.assigned.of.tolist())
         sampler = RankBatches(
             EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
             start=start * per_step,
@@ -318,18 +319,17 @@ class TextImages:
 
     def described(self) -> Mapping[str, str]:
         encoded = self.encoded
-        names = [refs[0].placement.bucket.name for refs in encoded.latents]
         skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
-        images = f"{len(names)}" + (f", {held} more held out" if held else "")
+        images = f"{len(encoded.index.items)}" + (f", {held} more held out" if held else "")
         images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
         return {
             "images": images,
-            "buckets": counted(sorted(names)),
+            "buckets": counted(encoded.latents.assigned.counts()),
             "raw latents": in_words((encoded.mean, encoded.std)),
         }
 
     def counted(self) -> str:
-        placed = sum(map(len, self.encoded.latents))
+        placed = self.encoded.latents.total
         texts = f"{len(self.encoded.texts)} texts" if self.tokens is None else "texts are encoded in the steps"
         return f"{placed} latents of {len(self.index.items)} images, {texts}"
 
@@ -340,7 +340,7 @@ class TextImages:
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))
 
 
-def _measured(index: Index, refs: Sequence[Sequence[LatentRef]], encoder: Encoder, strategy: Strategy) -> Moments:
+def _measured(index: Index, refs: Placed, encoder: Encoder, strategy: Strategy) -> Moments:
     """Collective: the moments of all latents. Raises UserError naming the entries by which they are not finite."""
     moments = functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)]))
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):

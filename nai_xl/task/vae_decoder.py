@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.bucketing import Assigned, assigned
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item, refuse_empty, refuse_without_pictures
+from nai_xl.data.index import Index, refuse_empty, refuse_without_pictures
 from nai_xl.data.loader import RankBatches, whole_batches
 from nai_xl.data.pixels import PixelBatch, PixelDataset, unreadable
+from nai_xl.data.rows import Item
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.console import counted
@@ -158,8 +161,12 @@ class Pictures:
     recolour: bool
     held_out: Sequence[Item]
 
+    @cached_property
+    def _assigned(self) -> Assigned:
+        return assigned(self.index.items.sizes, self.bucketing)
+
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[PixelBatch]:
-        buckets = by_bucket([self.bucketing.assign(*item.size) for item in self.index.items])
+        buckets = by_bucket(self._assigned.of.tolist())
         sampler = RankBatches(
             EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
             start=start * settings.images_per_step(strategy.world),
@@ -172,15 +179,17 @@ class Pictures:
 
     def one_of_each_shape(self, size: int) -> Iterator[PixelBatch]:
         generator = torch.Generator().manual_seed(0)
-        for width, height in sorted({self.bucketing.assign(*item.size) for item in self.index.items}):
+        for width, height in self._assigned.buckets:
             pixels = torch.randn(size, 3, height, width, generator=generator).clamp(-1, 1)
             noise = torch.randn(size, 4, height // 8, width // 8, generator=generator)
             yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
 
     def described(self) -> Mapping[str, str]:
-        names = sorted(self.bucketing.assign(*item.size).name for item in self.index.items)
         skipped = f" ({len(self.index.skipped)} skipped, listed in skipped.csv)" if self.index.skipped else ""
-        return {"images": f"{len(names)}{skipped}", "buckets": counted(names)}
+        return {
+            "images": f"{len(self.index.items)}{skipped}",
+            "buckets": counted(self._assigned.counts()),
+        }
 
     def counted(self) -> str:
         return "nothing, this task reads the pictures themselves"

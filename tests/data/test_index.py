@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nai_xl.data.index import UNREADABLE, Index, open_rgb
+from nai_xl.data.images import UNREADABLE, open_rgb
+from nai_xl.data.index import Index
 from nai_xl.data.source.folder import scan
 from nai_xl.errors import UserError
 

@@ -16,9 +16,10 @@ from nai_xl.data import loader
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import Captions, PlainCaptions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
-from nai_xl.data.index import Index, Item
-from nai_xl.data.loader import Encoded, LatentRef, PositionDataset, RankBatches, batches
+from nai_xl.data.index import Index
+from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.rows import Item
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Batch, Bucket, Placement
 from nai_xl.rng import draws, generator
@@ -28,22 +29,33 @@ WIDE, TALL = Bucket(48, 32), Bucket(32, 48)
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1), torch.tensor([2.0, 0.5, 4.0, 1.0]).view(4, 1, 1)
 
 
+class ByTurns:
+    """Canvases of images that are 100, 101, ... pixels wide."""
+
+    def assign(self, width: int, height: int) -> Bucket:
+        return TALL if width % 2 else WIDE
+
+    def placements(self, width: int, height: int) -> list[Placement]:
+        return [Placement(self.assign(width, height), (60, 60), (crop, 0), flip=False) for crop in (0, 8)]
+
+
 def encoded(count: int = 10) -> Encoded:
     """Images that are wide and tall by turns, two placements each, cached as random tensors."""
     generator = torch.Generator().manual_seed(0)
     cache = MemoryCache()
-    items, latents, texts = [], [], {"": "text"}
+    items, texts = [], {"": "text"}
     cache.put("text", {"context": torch.zeros(77, 6), "pooled": torch.zeros(3)})
     for i in range(count):
         bucket = TALL if i % 2 else WIDE
         items.append(Item(Path(f"{i}.png"), f"caption {i}", (100 + i, 90), f"{i:064x}"))
         texts[items[-1].caption] = f"text {i}"
         cache.put(f"text {i}", {"context": torch.full((77, 6), i + 1.0), "pooled": torch.full((3,), i + 1.0)})
-        places = [Placement(bucket, (60, 60), (crop, 0), flip=False) for crop in (0, 8)]
-        latents.append([LatentRef(f"latent {i} {p.crop[0]}", p) for p in places])
-        for ref in latents[-1]:
-            cache.put(ref.key, {"latents": torch.randn(4, bucket.height // 8, bucket.width // 8, generator=generator)})
-    return Encoded(Index(items), latents, texts, cache, MEAN, STD, torch.arange(1.0, count + 1))
+        for crop in (0, 8):
+            latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=generator)
+            cache.put(f"latent {i} {crop}", {"latents": latents})
+    index = Index(items)
+    placed = Placed(index.items, ByTurns(), lambda content, place: f"latent {int(content, 16)} {place.crop[0]}")
+    return Encoded(index, placed, texts, cache, MEAN, STD, torch.arange(1.0, count + 1))
 
 
 def plan(data: Encoded, chunk: int, seed: int = 3) -> EpochPlan:

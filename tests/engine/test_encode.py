@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -11,8 +10,9 @@ import torch
 
 from nai_xl import config
 from nai_xl.data.cache import DiskCache
-from nai_xl.data.index import Item
+from nai_xl.data.index import Index
 from nai_xl.data.loader import read
+from nai_xl.data.rows import Item
 from nai_xl.engine.encode import Encoder
 
 
@@ -33,7 +33,7 @@ def test_runs_that_begin_together_encode_each_image_and_caption_once(
         encoder = Encoder(components, DiskCache(tmp_path / "cache"), "fp32", torch.device("cpu"), rank, ranks)
         refs = encoder.latent_refs(index, bucketing)
         together.wait()
-        assert encoder.encode_images(index, refs) == {}
+        assert encoder.encode_images([refs]) == {}
         return encoder.encode_captions([item.caption for item in index.items], text.chunks)
 
     with ThreadPoolExecutor(runs * ranks) as pool:
@@ -49,13 +49,13 @@ def test_entries_with_wrong_bytes_are_made_anew_and_counted(
     index = config.build(config.compose(["data=folder", f"data.dir={images}"]).data).scan()
     encoder = Encoder(components, DiskCache(tmp_path), "fp32", torch.device("cpu"))
     refs = encoder.latent_refs(index, bucketing)
-    encoder.encode_images(index, refs)
+    encoder.encode_images([refs])
     files = sorted(tmp_path.rglob("*.safetensors"))
     before = [path.read_bytes() for path in files]
     for path, content in zip(files[:2], before, strict=False):
         path.write_bytes(content[:-8] + bytes(8))
     assert "damaged" not in capsys.readouterr().err
-    encoder.encode_images(index, refs)
+    encoder.encode_images([refs])
     assert "2 damaged entries made anew" in capsys.readouterr().err
     assert [path.read_bytes() for path in files] == before
 
@@ -70,9 +70,9 @@ def test_what_else_there_is_to_encode_does_not_show_in_a_single_bit(images: Path
         encoder = Encoder(components, DiskCache(tmp_path / name), "fp32", torch.device("cpu"))
         keys: list[str] = []
         for group in groups:
-            part = replace(index, items=list(group))
+            part = Index(group)
             refs = encoder.latent_refs(part, bucketing)
-            assert encoder.encode_images(part, refs) == {}
+            assert encoder.encode_images([refs]) == {}
             keys += [ref.key for row in refs for ref in row]
             keys += encoder.encode_captions([item.caption for item in group], text.chunks).values()
         return {key: dict(read(encoder.cache, key)) for key in keys}

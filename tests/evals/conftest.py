@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from nai_xl.data.cache import MemoryCache
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded, LatentRef
+from nai_xl.data.rows import Item
 from nai_xl.diffusion.parameterization import V
 from nai_xl.diffusion.sampling import Sampling
 from nai_xl.diffusion.schedule import scaled_linear, ztsnr

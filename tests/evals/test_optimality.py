@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nai_xl.data.cache import MemoryCache
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded, LatentRef
+from nai_xl.data.rows import Item
 from nai_xl.data.source.gaussian import MEANS, GaussianSource
 from nai_xl.diffusion.ideal import Law
 from nai_xl.diffusion.parameterization import Epsilon, Sample, V

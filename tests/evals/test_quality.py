@@ -18,7 +18,7 @@ from nai_xl.compare.comparison import Question, compare
 from nai_xl.compare.judging.verdicts import better_direction
 from nai_xl.compare.runs.directory import read_directory
 from nai_xl.compare.runs.run import Run
-from nai_xl.data.index import Item
+from nai_xl.data.rows import Item
 from nai_xl.errors import UserError
 from nai_xl.evals.contact_sheet import Prompt
 from nai_xl.evals.painter import Studio

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
 from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.rows import Item, Rows
 from nai_xl.model.tiny import tiny_sdxl
 from nai_xl.task import long_captions
 from nai_xl.task.long_captions import may_exceed, told
@@ -21,8 +21,13 @@ TOKENIZER = tiny_sdxl(seed=0).tokenizers[0]
 WORD = "red"  # one token
 
 
-def items(*captions: str) -> Any:
-    return [SimpleNamespace(caption=text, path=Path(f"{n}.png")) for n, text in enumerate(captions)]
+def items(*captions: str | tuple[str, ...]) -> Rows:
+    """An image with each of these captions, or with several."""
+    several = [(one,) if isinstance(one, str) else one for one in captions]
+    return Rows.of(
+        Item(Path(f"{n}.png"), first, (64, 64), f"{n:064x}", others=tuple(others))
+        for n, (first, *others) in enumerate(several)
+    )
 
 
 def tokens(text: str) -> int:
@@ -31,7 +36,15 @@ def tokens(text: str) -> int:
 
 @given(st.text(max_size=60))
 def test_no_caption_that_is_too_long_is_passed_over(text: str) -> None:
-    assert may_exceed(text, tokens(text) - 1) or not tokens(text)
+    assert may_exceed(items(text), tokens(text) - 1).tolist() == [0] or not tokens(text)
+
+
+def test_the_captions_of_an_image_belong_to_it_whichever_images_are_picked() -> None:
+    rows = items("a" * 9, ("b", "c" * 9), "d", "e" * 9)
+    assert may_exceed(rows, 5).tolist() == [0, 1, 3]
+    assert may_exceed(rows, 5, added=5).tolist() == [0, 1, 2, 3]
+    assert may_exceed(rows.take(np.array([3, 2, 1])), 5).tolist() == [0, 2]
+    assert told(items("a cat", ("a dog", f"{WORD} " * 80)), PlainCaptions(), TOKENIZER, 1)[0].startswith("1 of 3 ")
 
 
 @pytest.mark.parametrize("count", [75, 76, 150, 151, 300])

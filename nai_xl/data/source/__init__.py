@@ -18,9 +18,9 @@ class Source(Protocol):
     def scan(self) -> Index:
         """Every usable image with its caption, and what was skipped.
 
-        Raises UserError when nothing usable is there. Item.path is a file that Pillow opens, unless
-        the item draws its latents itself (Item.drawn). Items must come in an
-        order that depends on the images alone, for instance sorted by (content, caption): a run's random numbers
-        belong to places in that order.
+        Raises UserError when nothing usable is there. Pillow opens what Item.open gives: the file Item.path, or what
+        Item.store reads. An item may also draw its latents itself (Item.drawn). Items must come in an order that
+        depends on the images alone, for instance sorted by (content, caption): a run's random numbers belong to places
+        in that order. Index takes a list of Items, or Rows, which cost no memory for each image.
         """
         ...

@@ -14,7 +14,9 @@ from typing import Annotated
 from PIL import Image
 from pydantic import AfterValidator, Field
 
-from nai_xl.data.index import UNREADABLE, Index, Item, Skipped, refuse_empty
+from nai_xl.data.images import UNREADABLE
+from nai_xl.data.index import Index, Skipped, refuse_empty
+from nai_xl.data.rows import Item
 from nai_xl.data.scan_cache import ScanCache
 from nai_xl.data.source import Share
 from nai_xl.errors import UserError, one_line

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from nai_xl.data.cache import content_key
-from nai_xl.data.index import Index, Item
+from nai_xl.data.index import Index
+from nai_xl.data.rows import Item
 from nai_xl.data.source import Share
 from nai_xl.diffusion.ideal import Law, power_spectrum
 from nai_xl.interfaces import Bucket

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nai_xl.data.bucketing import AspectBuckets, SquareBucket
-from nai_xl.data.images import on_canvas
-from nai_xl.data.index import open_rgb
+from nai_xl.data.images import on_canvas, open_rgb
 from nai_xl.data.source import drawing as shapes
 from nai_xl.data.source.drawing import EVERYTHING, PALETTE, Picture, Scene, picture, read
 from nai_xl.data.source.shapes import ShapesSource
