@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +97,11 @@ class Limits:
     max_megapixels: float
     max_caption: int
     blank: bool = False
+
+
+def scan(folder: Path, **settings: Any) -> Index:
+    """The index of a folder, for sources that write one. settings: those of FolderSource."""
+    return FolderSource(folder, **settings).scan()
 
 
 def _found_instead(listing: Listing) -> str:
