@@ -357,7 +357,7 @@ class TextImages:
         return f"{self.encoded.latents.total} latents of {len(self.index.items)} images, {texts}"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))
