@@ -71,8 +71,37 @@ def write(path: Path, tables: Sequence[pa.Table], notes: Mapping[str, str] | Non
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for piece in _pieces(whole, place):
                 writer.write_batch(piece)
+        total = _sum(aside)
+        write_atomically(path.with_suffix(".sum"), lambda note: note.write_text(total))
 
-    write_atomically(path, save, durable=False)
+    write_atomically(path, save)
+
+
+def _sum(path: Path) -> str:
+    """Tells a file from one with any flipped bit or block of zeros, as fast as it can be read."""
+    length, total = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            length += len(block)
+            total += int(np.frombuffer(block.ljust(-(-len(block) // 8) * 8, b"\0"), np.uint64).sum(dtype=np.uint64))
+    return f"{length} {total % 2**64:016x}"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an index file is there, and as it was written."""
+    try:
+        return path.with_suffix(".sum").read_text() == _sum(path)
+    except OSError:
+        return False
+
+
+def newest(folder: Path) -> Path | None:
+    """The index file that was written last in `folder` and is whole."""
+    with suppress(OSError):
+        for path in sorted(folder.glob("*.arrow"), key=lambda path: -path.stat().st_mtime):
+            if is_whole(path):
+                return path
+    return None
 
 
 def _pieces(whole: pa.Table, place: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
@@ -104,7 +133,7 @@ def built(
     tell as much, -> what makes it; sizes: how many images each has, for the progress bar. kept: tables whose rows are
     taken over as they are. Older files of the same folder are removed. Raises OSError.
     """
-    if file.exists():
+    if is_whole(file):
         return file
     folder = file.parent / "parts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +141,7 @@ def built(
     with _bar(what, sizes or [1] * len(parts)) as bar:
         _make_all(parts, made, bar, sizes or [1] * len(parts), enough=file)
     with FileLock(str(file.parent / ".joining.lock")):
-        if not file.exists():
+        if not is_whole(file):
             write(file, [*kept(), *(mapped(path) for path in made.values())], notes)
             _tidy(file, made.values())
     return file
@@ -121,9 +150,10 @@ def built(
 def _make_all(
     parts: Mapping[str, Make], made: Mapping[str, Path], bar: tqdm[Any], sizes: Sequence[int], *, enough: Path
 ) -> None:
-    """Return when every part is there, or the whole is `enough`."""
+    """Return when every part is there, or the whole, `enough`, is."""
     left = dict(zip(parts, sizes, strict=True))
-    while left and not enough.exists():
+    damaged = enough.exists()  # and not whole
+    while left and (damaged or not enough.exists()):
         before = len(left)
         for name in list(left):
             if made[name].exists() or _claimed(parts[name], made[name]):
@@ -142,7 +172,7 @@ def _claimed(make: Make, path: Path) -> bool:
     try:
         if not path.exists():
             table = make()
-            write_atomically(path, lambda aside: _save(aside, table), durable=False)
+            write_atomically(path, lambda aside: _save(aside, table))
         return True
     finally:
         lock.release()
@@ -162,9 +192,10 @@ def _tidy(file: Path, made: Iterable[Path]) -> None:
         for path in (file.parent / "parts").iterdir():
             if path.stat().st_mtime < time.time() - STALE:
                 path.unlink(missing_ok=True)
-        newest = sorted(file.parent.glob("*.arrow"), key=lambda path: path.stat().st_mtime)
-        for path in newest[:-KEPT]:
-            path.unlink(missing_ok=True)
+        by_age = sorted(file.parent.glob("*.arrow"), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-KEPT]:
+            for path in file.parent.glob(f"{old.stem}.*"):
+                path.unlink(missing_ok=True)
 
 
 def _bar(what: str, sizes: Sequence[int]) -> tqdm[Any]:

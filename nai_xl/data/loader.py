@@ -41,7 +41,7 @@ class LatentRef:
 class Placed(Sequence[Sequence[LatentRef]]):
     """Every placement of every image: one row an item, made when it is asked for.
 
-    key: the cache key of an image's content, hexadecimal, on a placement.
+    key: the cache key of what an image shows (Item.pixels), on a placement.
     """
 
     rows: Rows
@@ -62,7 +62,7 @@ class Placed(Sequence[Sequence[LatentRef]]):
 
     def of(self, item: Item) -> list[LatentRef]:
         """Those of an image, whether it is one of these or not."""
-        return [LatentRef(self.key(item.content, place), place) for place in self.bucketing.placements(*item.size)]
+        return [LatentRef(self.key(item.pixels, place), place) for place in self.bucketing.placements(*item.size)]
 
     def __iter__(self) -> Iterator[list[LatentRef]]:
         return map(self.of, self.rows)

@@ -5,14 +5,16 @@ A table that lies in a file is memory-mapped: opening it reads nothing, and proc
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ SCHEMA = pa.schema(
         pa.field("path", pa.binary()),  # as the system has it: names need not be UTF-8
     ]
 )
-"""What every table has. A source may add columns, which its Store reads."""
+"""What every table has. A source may add columns, which its Store reads, and CONVERTED."""
+CONVERTED = pa.field("converted", pa.bool_())
+"""Whether reading a picture converts its colours (nai_xl.data.colour)."""
+READING = hashlib.sha256(b"colours converted to sRGB, 1").digest()  # another number when they are converted otherwise
 
 
 class Drawn(Protocol):
@@ -70,10 +75,21 @@ class Item:
     others: tuple[str, ...] = ()
     store: Store | None = field(default=None, compare=False, repr=False)
     row: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    converted: bool = field(default=False, compare=False, repr=False)
 
     @property
     def captions(self) -> tuple[str, ...]:
         return (self.caption, *self.others)
+
+    @property
+    def pixels(self) -> str:
+        """`content`, or where colours are converted another name: what caches know a picture by.
+
+        Versions that did not convert them have kept other latents under `content`.
+        """
+        if not self.converted:
+            return self.content
+        return bytes(a ^ b for a, b in zip(bytes.fromhex(self.content), READING, strict=True)).hex()
 
     def open(self) -> BinaryIO:
         """Its bytes. Raises OSError."""
@@ -95,6 +111,7 @@ class Rows(Sequence[Item]):
     given: Sequence[Item] | None = None
     picked: NDArray[np.uint32] | None = None
     file: Path | None = None
+    root: Path = Path()
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Rows:
@@ -113,7 +130,7 @@ class Rows(Sequence[Item]):
         return cls(pa.table(arrays, schema=SCHEMA), given=given)
 
     @classmethod
-    def mapped(cls, file: Path, store: Store | None = None) -> Rows:
+    def mapped(cls, file: Path, store: Store | None = None, root: Path = Path()) -> Rows:
         """The usable images of an index file (nai_xl.data.index_file). Columns whose name begins with _ are left out:
         they are the source's notes for its next scan.
 
@@ -123,13 +140,13 @@ class Rows(Sequence[Item]):
             whole = pa.ipc.open_file(source).read_all()
         usable = (whole.schema.metadata or {}).get(b"usable")
         table = whole.select([name for name in whole.column_names if not name.startswith("_")])
-        return cls(table if usable is None else table.slice(0, int(usable)), store, file=file)
+        return cls(table if usable is None else table.slice(0, int(usable)), store, file=file, root=root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A mapped file is mapped again in the process that this is sent to."""
         if self.file is None:
-            return Rows, (self.table, self.store, self.given, self.picked)
-        return _mapped_again, (self.file, self.store, self.picked)
+            return Rows, (self.table, self.store, self.given, self.picked, None, self.root)
+        return _mapped_again, (self.file, self.store, self.root, self.picked)
 
     def __len__(self) -> int:
         return len(self.table) if self.picked is None else len(self.picked)
@@ -157,14 +174,21 @@ class Rows(Sequence[Item]):
             return self.given[place]
         row = {name: column[place].as_py() for name, column in zip(self.table.column_names, self.table, strict=True)}
         first, *others = row["captions"]
-        path, content = Path(os.fsdecode(row["path"])), row["content"].hex()
-        return Item(path, first, (row["width"], row["height"]), content, None, tuple(others), self.store, row)
+        path, content, size = self.root / os.fsdecode(row["path"]), row["content"].hex(), (row["width"], row["height"])
+        converted = bool(row.get("converted"))
+        return Item(path, first, size, content, None, tuple(others), self.store, row, converted)
 
     def take(self, numbers: NDArray[Any]) -> Rows:
         """The items with these numbers, in this order. No column is copied."""
         numbers = numbers.astype(np.uint32)
         picked = numbers if self.picked is None else self.picked[numbers]
-        return Rows(self.table, self.store, self.given, picked, self.file)
+        return replace(self, picked=picked)
+
+    def are_at(self, paths: Iterable[Path]) -> NDArray[np.bool_]:
+        """[N]: whether an item's path is one of these."""
+        within = [os.fsencode(path.relative_to(self.root)) for path in paths if path.is_relative_to(self.root)]
+        found: NDArray[np.bool_] = pc.is_in(self.column("path"), pa.array(within, pa.binary())).to_numpy()
+        return found
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of these items, in their order."""
@@ -181,9 +205,18 @@ class Rows(Sequence[Item]):
         """[N,32]: SHA-256 of each image's bytes."""
         return _picked(digests(self.table["content"]), self.picked)
 
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """[N,32]: Item.pixels, as bytes."""
+        found = self.contents
+        if "converted" not in self.table.column_names:
+            return found
+        converted = self.column("converted").to_numpy()
+        return found ^ (np.frombuffer(READING, np.uint8) * converted[:, None]) if converted.any() else found
 
-def _mapped_again(file: Path, store: Store | None, picked: NDArray[np.uint32] | None) -> Rows:
-    rows = Rows.mapped(file, store)
+
+def _mapped_again(file: Path, store: Store | None, root: Path, picked: NDArray[np.uint32] | None) -> Rows:
+    rows = Rows.mapped(file, store, root)
     return rows if picked is None else rows.take(picked)
 
 

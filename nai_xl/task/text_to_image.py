@@ -267,9 +267,9 @@ class TextImages:
 
     def described(self) -> Mapping[str, str]:
         encoded = self.encoded
-        skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
+        held = len(encoded.index.held_out)
         images = f"{len(encoded.index.items)}" + (f", {held} more held out" if held else "")
-        images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        images += encoded.index.skipped.in_words()
         return {
             "images": images,
             "buckets": counted(encoded.latents.assigned.counts()),
@@ -281,7 +281,7 @@ class TextImages:
         return f"{placed} latents of {len(self.index.items)} images, {len(self.encoded.texts)} texts"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))

@@ -185,9 +185,8 @@ class Pictures:
             yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
 
     def described(self) -> Mapping[str, str]:
-        skipped = f" ({len(self.index.skipped)} skipped, listed in skipped.csv)" if self.index.skipped else ""
         return {
-            "images": f"{len(self.index.items)}{skipped}",
+            "images": f"{len(self.index.items)}{self.index.skipped.in_words()}",
             "buckets": counted(self._assigned.counts()),
         }
 
@@ -195,5 +194,5 @@ class Pictures:
         return "nothing, this task reads the pictures themselves"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
