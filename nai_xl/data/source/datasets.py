@@ -114,7 +114,7 @@ class Body(NamedTuple):
 @contextmanager
 def stream(where: str) -> Iterator[tuple[pa.Schema, Iterator[Body]]]:
     """The schema of an Arrow stream, and its record batches. Both raise one of places.failures()."""
-    with (places.opened(where) if places.is_remote(where) else pa.memory_map(where)) as source:
+    with places.opened(where) if places.is_remote(where) else pa.memory_map(where) as source:
         messages = pa.ipc.MessageReader.open_stream(source)
         try:
             schema = pa.ipc.read_schema(messages.read_next_message())

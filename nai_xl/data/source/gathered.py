@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from nai_xl.data.cache import content_key
 from nai_xl.data.images import READER
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.index_file import built, is_whole, mapped, newest
 from nai_xl.data.rows import Rows, Store
-from nai_xl.data.skipped import SCHEMA, SkippedFiles
+from nai_xl.data.skipped import SkippedFiles
 from nai_xl.data.source import places
-from nai_xl.data.source.limits import Choice, Limits
+from nai_xl.data.source.limits import Choice, Limits, faults, in_order
 from nai_xl.data.source.part import SHARD
 from nai_xl.errors import UserError, one_line
 from nai_xl.files import user_cache
@@ -42,12 +40,8 @@ class Gathered:
         whole = mapped(self.file)
         usable = int(whole.schema.metadata[b"usable"])
         choice = Choice(whole.slice(0, usable), limits)
-        faults = whole.slice(usable).select(["path", "_kind", "_fault"]).rename_columns(SCHEMA.names)
-        skipped = pa.concat_tables([faults.replace_schema_metadata(None), *choice.skipped])
-        rows = Rows.mapped(self.file, store)
-        rows = rows if choice.kept.all() else rows.take(np.flatnonzero(choice.kept))
-        in_order = skipped.take(pc.sort_indices(skipped["path"]))
-        index = Index(rows, SkippedFiles(in_order), remarks=[*choice.remarks()])
+        skipped = in_order([faults(whole.slice(usable)), *choice.skipped])
+        index = Index(choice.of(Rows.mapped(self.file, store)), SkippedFiles(skipped), remarks=[*choice.remarks()])
         refuse_empty(index, self.where)
         return index
 
@@ -65,10 +59,8 @@ def gathered(
     depend on. Processes that want the same index make it together. Raises UserError where it cannot be written.
     """
     known = [where if places.is_remote(where) else str(Path(where).absolute()) for where in files]
-    names = [
-        content_key(VERSION, READER, *settings, *one) for one in zip(files, known, stamps, strict=True)
-    ]
-    home = user_cache() / "index" / content_key(VERSION, *settings, os.path.commonprefix(known))
+    names = [content_key(VERSION, READER, *settings, *one) for one in zip(files, known, stamps, strict=True)]
+    home = user_cache() / "index" / content_key(VERSION, *settings, str(Path(known[0]).parent))
     file = home / f"{content_key(*names)[:40]}.arrow"
     with _kept_in(home, key):
         if not is_whole(file):
@@ -85,8 +77,8 @@ def _kept_in(home: Path, key: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot keep the index of {key} in {home} ({one_line(error)}); make room, or choose another place with the "
-            "environment variable NAI_XL_CACHE"
+            f"cannot keep the index of {key} in {home} ({one_line(error)}); make room, or choose another place with "
+            "the environment variable NAI_XL_CACHE"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from nai_xl.data.colour import Profile
+from nai_xl.data.rows import Rows
 from nai_xl.data.skipped import SCHEMA
 from nai_xl.data.source import Share
 
@@ -75,7 +76,9 @@ class Choice:
         self.kept = np.ones(len(table), np.bool_)
         width, height = (table[name].to_numpy().astype(np.int64) for name in ("width", "height"))
         size = _joined(table["width"], "x", table["height"], " pixels")
-        self._skip(np.minimum(width, height) < limits.min_side, "too small", size, f"data.min_side is {limits.min_side}")
+        self._skip(
+            np.minimum(width, height) < limits.min_side, "too small", size, f"data.min_side is {limits.min_side}"
+        )
         largest = f"data.max_megapixels is {limits.max_megapixels:g}"
         self._skip(width * height > limits.max_megapixels * 1e6, "too large", size, largest)
         longest = table["_longest"].to_numpy()
@@ -96,15 +99,30 @@ class Choice:
             self.skipped.append(pa.table(columns, schema=SCHEMA))
             self.kept &= ~where
 
+    def of(self, rows: Rows) -> Rows:
+        """Those of the table's rows that are kept."""
+        return rows if self.kept.all() else rows.take(np.flatnonzero(self.kept))
+
     def remarks(self) -> Iterable[str]:
         """What is not as one may expect of the kept ones, each once with its count."""
         if blank := int(((self.table["_longest"].to_numpy() == 0) & self.kept).sum()):
-            yield f"{blank} images have a blank caption and are trained with it; data.blank_captions=skip leaves them out"
+            mend = "data.blank_captions=skip leaves them out"
+            yield f"{blank} images have a blank caption and are trained with it; {mend}"
         profiles = np.bincount(self.table["_profile"].to_numpy()[self.kept], minlength=len(Profile))
         if count := int(profiles[Profile.CONVERTED]):
             yield f"{count} images have a colour profile of their own and are converted to sRGB"
         if count := int(profiles[Profile.DAMAGED]):
             yield f"{count} images have a damaged colour profile, which is ignored"
+
+
+def faults(table: pa.Table) -> pa.Table:
+    """What an index file's notes say of images that cannot be used, as skipped.SCHEMA has it."""
+    return table.select(["path", "_kind", "_fault"]).rename_columns(SCHEMA.names).replace_schema_metadata(None)
+
+
+def in_order(skipped: Sequence[pa.Table]) -> pa.Table:
+    whole = pa.concat_tables(skipped)
+    return whole.take(pc.sort_indices(whole["path"]))
 
 
 def _joined(*parts: pa.ChunkedArray | str) -> pa.ChunkedArray:

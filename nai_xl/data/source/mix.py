@@ -58,7 +58,11 @@ class MixSource:
         items, held_out = mixed.parted(self.held_out)
         if not items:
             raise UserError("data: nothing is left to train on; set a smaller data.held_out, or other data.repeats")
-        remarks = [f"{name}: {_at(name, source, remark)}" for (name, source), index in zip(self.sources.items(), found, strict=True) for remark in index.remarks]
+        remarks = [
+            f"{name}: {_at(name, source, remark)}"
+            for (name, source), index in zip(self.sources.items(), found, strict=True)
+            for remark in index.remarks
+        ]
         return Index(items, self._skipped(found), held_out, [*self._said(found, mixed), *remarks])
 
     def _scanned(self, name: str, source: Any) -> Index:
@@ -67,13 +71,17 @@ class MixSource:
         except UserError as error:
             raise UserError(_at(name, source, str(error))) from error
         if any(item.drawn is not None or (item.store and index.items.given) for item in index.items[:1]):
-            raise UserError(f"data.sources.{name}: its images are made by itself, and data=mix takes only what is stored")
+            raise UserError(
+                f"data.sources.{name}: its images are made by itself, and data=mix takes only what is stored"
+            )
         return index
 
     def _skipped(self, found: Sequence[Index]) -> SkippedFiles:
         tables = [
             _whole_paths(index.skipped.table, index.skipped.root).set_column(
-                2, SCHEMA.field("reason"), pc.replace_substring_regex(index.skipped.table["reason"], *_keys(name, source))
+                2,
+                SCHEMA.field("reason"),
+                pc.replace_substring_regex(index.skipped.table["reason"], *_keys(name, source)),
             )
             for (name, source), index in zip(self.sources.items(), found, strict=True)
         ]
@@ -145,8 +153,20 @@ def _times(contents: NDArray[np.uint8], repeats: NDArray[np.float64]) -> NDArray
 
 def _joined(parts: Sequence[tuple[Rows, int]]) -> Rows:
     """The images of all parts, each with the number of its source. Columns of mapped files stay where they are."""
-    tables: dict[int, tuple[pa.Table, int]] = {}
-    ...
+    tables: list[pa.Table] = []
+    begins: dict[int, int] = {}  # a table -> the number of its first row; held-out images have that of the others
+    picked = []
+    for rows, source in parts:
+        if id(rows.table) not in begins:
+            begins[id(rows.table)] = sum(map(len, tables))
+            number = pa.array(np.full(len(rows.table), source, np.int16))
+            tables.append(_whole_paths(rows.table, rows.root).append_column(SOURCE, number))
+        numbers = np.arange(len(rows.table), dtype=np.uint32) if rows.picked is None else rows.picked
+        picked.append(numbers + np.uint32(begins[id(rows.table)]))
+    whole = pa.concat_tables(tables, promote_options="default")
+    if (place := whole.column_names.index(CONVERTED.name) if CONVERTED.name in whole.column_names else -1) >= 0:
+        whole = whole.set_column(place, CONVERTED, pc.fill_null(whole[CONVERTED.name], False))
+    return Rows(whole, picked=np.concatenate(picked))
 
 
 def _whole_paths(table: pa.Table, root: Path) -> pa.Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,10 +34,10 @@ FOREIGN = (
 )
 
 
-def failures() -> tuple[type[Exception], ...]:
+def failures(*further: type[Exception]) -> tuple[type[Exception], ...]:
     """What reading a file can raise, wherever it lies."""
     foreign = (getattr(sys.modules.get(module), name, None) for module, name in FOREIGN)
-    return (OSError, ValueError, ImportError, *(kind for kind in foreign if kind))
+    return (OSError, ValueError, ImportError, *(kind for kind in foreign if kind), *further)
 
 
 def is_remote(where: str) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from nai_xl.data.images import SUFFIXES, Looked
 from nai_xl.data.index import Index
-from nai_xl.data.source import Share, places
+from nai_xl.data.source import places
 from nai_xl.data.source.caption_files import NoCaption, decoded, lines_of, of_json
 from nai_xl.data.source.gathered import gathered
 from nai_xl.data.source.limits import Encoding, Limited
@@ -79,7 +79,9 @@ def read_shard(number: int, where: str, texts: Texts) -> pa.Table:
     for name, fault in shard.listed:
         part.list(home + b"/" + name, fault)
     for kind, times in shard.others.items():
-        part.list(home, Fault("other", f"{times} {'members' if times > 1 else 'member'} {kind}: neither image nor caption"))
+        part.list(
+            home, Fault("other", f"{times} {'members' if times > 1 else 'member'} {kind}: neither image nor caption")
+        )
     return part.table()
 
 

@@ -126,7 +126,7 @@ class RowGroups:
         where = self.files[row["shard"]]
         try:
             value = _recent.column(where, row["group"], self.image)[row["place"]].as_py()
-        except (*places.failures(), IndexError) as error:
+        except places.failures(IndexError) as error:
             raise OSError(f"{places.name(where)}: {one_line(error)}") from error
         data, _ = columns.as_image(value)
         if data is None:

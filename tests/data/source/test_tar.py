@@ -62,7 +62,9 @@ def signed(tar: bytearray, at: int) -> None:
 def test_whatever_the_bytes_are_members_lie_within_the_file_and_reading_ends(data: st.DataObject) -> None:
     tar = bytearray(packed({"a.jpg": b"x" * 700, "n/" * 60 + "n": b"y"}, data.draw(FORMATS)))
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, 5)) * 512 + data.draw(st.sampled_from([0, 124, 125, 135, 156, 257, 345, 482, 504]))
+        at = data.draw(st.integers(0, 5)) * 512 + data.draw(
+            st.sampled_from([0, 124, 125, 135, 156, 257, 345, 482, 504])
+        )
         tar[at] = data.draw(st.integers(0, 255) | st.sampled_from(b"01257LKxgS\x80\xff"))
     for at in range(0, len(tar), 512):
         if tar[at + 257 : at + 262] == b"ustar":
@@ -111,12 +113,19 @@ def test_no_length_leads_backwards_or_out_of_the_file(length: int) -> None:
     tar[124:136] = (length & ((1 << 96) - 1) | (1 << 95)).to_bytes(12, "big")
     signed(tar, 0)
     kept, damage = sound(bytes(tar))
-    assert "negative" in damage if length < 0 else [member.wrong for member in kept] == ["cut off at the end of the tar file"]
+    assert (
+        "negative" in damage
+        if length < 0
+        else [member.wrong for member in kept] == ["cut off at the end of the tar file"]
+    )
 
 
 def test_a_cut_file_keeps_what_came_before() -> None:
     tar = packed({"a": b"x" * 600, "b": b"y" * 600})
-    assert [member.wrong for member in sound(tar[: 512 + 1024 + 512 + 100])[0]] == ["", "cut off at the end of the tar file"]
+    assert [member.wrong for member in sound(tar[: 512 + 1024 + 512 + 100])[0]] == [
+        "",
+        "cut off at the end of the tar file",
+    ]
     kept, damage = sound(tar[: 512 + 1024 + 100])
     assert [member.name for member in kept] == [b"a"] and "100 bytes" in damage
 
