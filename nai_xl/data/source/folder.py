@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from nai_xl.data import index_file
 from nai_xl.data.cache import content_key
-from nai_xl.data.colour import Profile
 from nai_xl.data.images import READER
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.rows import Rows, ordered
-from nai_xl.data.skipped import SCHEMA, SkippedFiles, shown
-from nai_xl.data.source import Share
+from nai_xl.data.skipped import SkippedFiles, shown
 from nai_xl.data.source.caption_files import Tables
+from nai_xl.data.source.limits import Choice, Encoding, Limited, Limits, faults, in_order
 from nai_xl.data.source.listing import ARCHIVES, Few, Listing, list_folder, parts_of, wait_for_clock
 from nai_xl.data.source.reading import FACTS, Known, Reader, known
 from nai_xl.errors import UserError
@@ -44,30 +41,13 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _encoding(name: str) -> str:
-    try:
-        return codecs.lookup(name).name
-    except LookupError as error:
-        raise ValueError(f"no encoding has the name {name!r}; give one such as utf-8, cp1252 or shift_jis") from error
-
-
 @dataclass(frozen=True)
-class FolderSource:
-    """A folder, searched recursively, of images with captions in files of the same name or in tables: docs/data.md.
-
-    `held_out` is the share of them that is never trained on, for evaluators. Images of more than `max_megapixels`
-    million pixels, which take 8 MB of memory for each million while they are read, and those with a caption of more
-    than `max_caption` bytes are skipped, and listed with the rest.
-    """
+class FolderSource(Limited):
+    """A folder, searched recursively, of images with captions in files of the same name or in tables: docs/data.md."""
 
     dir: Annotated[Path, AfterValidator(_existing)]
-    min_side: int = 16
-    held_out: Share = 0.0
-    max_megapixels: Annotated[float, Field(gt=0)] = 100.0
-    max_caption: Annotated[int, Field(ge=1)] = 65536
     caption_lines: bool = False
-    blank_captions: Literal["keep", "skip"] = "keep"
-    encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
+    encoding: Encoding = "utf-8"
 
     def scan(self) -> Index:
         """What an earlier scan read and is unchanged is not opened again."""
@@ -83,25 +63,9 @@ class FolderSource:
         reader = Reader(root, self.encoding, self.caption_lines, Tables(root, listing.tables, self.encoding))
         key = content_key(VERSION, self.dir.resolve(), self.encoding, self.caption_lines)
         facts = gathered(user_cache() / "index" / key, listing, now, reader)
-        limits = Limits(self.min_side, self.max_megapixels, self.max_caption, self.blank_captions == "skip")
-        index = _chosen(self.dir, listing, facts, limits)
+        index = _chosen(self.dir, listing, facts, self.limits)
         refuse_empty(index, f"data.dir={self.dir}")
         return index.hold_out(self.held_out)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is skipped: a smaller side in pixels, more million pixels, more bytes of a caption, blank captions."""
-
-    min_side: int
-    max_megapixels: float
-    max_caption: int
-    blank: bool = False
-
-
-def scan(folder: Path, **settings: Any) -> Index:
-    """The index of a folder, for sources that write one. settings: those of FolderSource."""
-    return FolderSource(folder, **settings).scan()
 
 
 def _found_instead(listing: Listing) -> str:
@@ -201,61 +165,11 @@ def _to_be_read_again(listing: Listing, faulty: pa.Table) -> Listing:
 # --- what is used of them ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Choice:
-    """Which usable rows are within the limits, and the skipped ones with their reasons."""
-
-    table: pa.Table
-    kept: NDArray[np.bool_] = field(init=False)
-    skipped: list[pa.Table] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.kept = np.ones(len(self.table), np.bool_)
-
-    def skip(self, where: NDArray[np.bool_], kind: str, words: pa.Array, reason: str) -> None:
-        """words: the beginning of the reason for each row of the table."""
-        where = where & self.kept
-        if where.any():
-            mask = pa.array(where)
-            reasons = pc.binary_join_element_wise(words.filter(mask), reason, "; ")
-            self.skipped.append(_reasoned(self.table["path"].filter(mask), kind, reasons))
-            self.kept &= ~where
-
-
-def _reasoned(paths: pa.Array, kind: str, reasons: pa.Array) -> pa.Table:
-    return pa.table([paths, pa.array([kind] * len(paths), pa.string()), reasons], schema=SCHEMA)
-
-
 def _chosen(folder: Path, listing: Listing, facts: Facts, limits: Limits) -> Index:
-    table, choice = facts.usable, _Choice(facts.usable)
-    width, height = (table[name].to_numpy().astype(np.int64) for name in ("width", "height"))
-    size = _joined(table["width"], "x", table["height"], " pixels")
-    choice.skip(np.minimum(width, height) < limits.min_side, "too small", size, f"data.min_side is {limits.min_side}")
-    choice.skip(
-        width * height > limits.max_megapixels * 1e6,
-        "too large",
-        size,
-        f"data.max_megapixels is {limits.max_megapixels:g}",
-    )
-    longest = table["_longest"].to_numpy()
-    caption = _joined("caption of ", table["_longest"], " bytes")
-    choice.skip(longest > limits.max_caption, "caption too long", caption, f"data.max_caption is {limits.max_caption}")
-    if limits.blank:
-        blank = pa.chunked_array([pa.array(["blank caption"] * len(table), pa.string())])
-        choice.skip(longest == 0, "blank caption", blank, "data.blank_captions is skip")
-    faults = facts.faulty.select(["path", "_kind", "_fault"]).rename_columns(SCHEMA.names)
-    skipped = pa.concat_tables([listing.noted.table(), faults.replace_schema_metadata(None), *choice.skipped])
-    skipped = skipped.take(pc.sort_indices(skipped["path"]))
-    rows = _rows(facts, folder)
-    rows = rows if choice.kept.all() else rows.take(np.flatnonzero(choice.kept))
-    index = Index(rows, SkippedFiles(skipped, folder))
-    index.remarks = [*_remarks(listing, facts.usable, choice.kept, limits)]
-    return index
-
-
-def _joined(*parts: pa.ChunkedArray | str) -> pa.ChunkedArray:
-    words = [part if isinstance(part, str) else part.cast(pa.string()) for part in parts]
-    return pc.binary_join_element_wise(*words, "")
+    choice = Choice(facts.usable, limits)
+    skipped = in_order([listing.noted.table(), faults(facts.faulty), *choice.skipped])
+    rows = choice.of(_rows(facts, folder))
+    return Index(rows, SkippedFiles(skipped, folder), remarks=[*_remarks(listing), *choice.remarks()])
 
 
 def _rows(facts: Facts, folder: Path) -> Rows:
@@ -268,7 +182,7 @@ def _rows(facts: Facts, folder: Path) -> Rows:
 # --- what is said of it -----------------------------------------------------------------------------------------------
 
 
-def _remarks(listing: Listing, table: pa.Table, kept: NDArray[np.bool_], limits: Limits) -> Iterable[str]:
+def _remarks(listing: Listing) -> Iterable[str]:
     """What is not as one may expect, each once with its count."""
     others = [(kind, n) for kind, n in listing.others.most_common() if kind not in ARCHIVES]
     if plain := [f"{n} .{shown(kind)}" if kind else f"{n} without a suffix" for kind, n in others[:8]]:
@@ -283,13 +197,6 @@ def _remarks(listing: Listing, table: pa.Table, kept: NDArray[np.bool_], limits:
             f"{count} images have captions in several files, of which .txt comes before .caption and .json: "
             f"{_examples(listing.doubled)}"
         )
-    if blank := int(((table["_longest"].to_numpy() == 0) & kept).sum()):
-        yield f"{blank} images have a blank caption and are trained with it; data.blank_captions=skip leaves them out"
-    profiles = np.bincount(table["_profile"].to_numpy()[kept], minlength=len(Profile))
-    if count := int(profiles[Profile.CONVERTED]):
-        yield f"{count} images have a colour profile of their own and are converted to sRGB"
-    if count := int(profiles[Profile.DAMAGED]):
-        yield f"{count} images have a damaged colour profile, which is ignored"
 
 
 def _examples(few: Few) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nai_xl.data.colour import Profile
 from nai_xl.data.images import READER, UNREADABLE, look
-from nai_xl.data.rows import CONVERTED, SCHEMA
+from nai_xl.data.rows import SCHEMA
 from nai_xl.data.source.caption_files import NoCaption, Tables, decoded, lines_of, of_json
 from nai_xl.data.source.listing import SUFFIX_OF, Kind, Listing
 from nai_xl.errors import one_line
@@ -30,7 +30,7 @@ NOTES = [
     pa.field("_longest", pa.int32()),  # bytes of the longest caption
     pa.field("_profile", pa.uint8()),  # colour.Profile
 ]
-FACTS = pa.schema([*SCHEMA, CONVERTED, *NOTES])
+FACTS = pa.schema([*SCHEMA, *NOTES])
 """An index file of a folder."""
 
 
@@ -180,7 +180,6 @@ def _table(listing: Listing, rows: Sequence[Row]) -> pa.Table:
         pa.array([row.height for row in rows], pa.int32()),
         pa.array([row.captions for row in rows], SCHEMA.field("captions").type),
         listing.names,
-        pa.array([row.profile == Profile.CONVERTED for row in rows], pa.bool_()),
         pa.array([row.fault for row in rows], pa.string()),
         pa.array([row.kind for row in rows], pa.string()),
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * STAMP), len(rows), [None, pa.py_buffer(stamps.tobytes())]),
