@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nai_xl.data.cache import content_key, key_bytes
+from nai_xl.data.cache import content_key
 from nai_xl.data.images import UNREADABLE, on_canvas, picture, to_pixels
 from nai_xl.data.index import Index
 from nai_xl.data.keys import latent_key, recipe
@@ -32,7 +32,7 @@ from nai_xl.errors import UserError, one_line
 from nai_xl.interfaces import Bucket, Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, Stored, moments
 from nai_xl.model.sdxl.components import Components, fingerprint
-from nai_xl.model.text import TextEncoding, encode_texts
+from nai_xl.model.text import encode_texts
 from nai_xl.model.vae import encode_pixels
 
 PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
@@ -78,15 +78,16 @@ class Encoder:
         """The cache keys of every placement of every image; nothing is read or encoded."""
         return Placed(index.items, bucketing, functools.partial(latent_key, made_by=self._latents_made_by))
 
-    def encode_images(self, wanted: Sequence[Placed]) -> dict[Path, str]:
+    def encode_images(self, wanted: Sequence[Placed], beside: Callable[[], int] = int) -> dict[Path, str]:
         """Encode, or draw, what the cache lacks. Returns the images that this rank could not decode, with the reason.
 
-        Raises UserError, before anything is encoded, if there is no room for it.
+        beside: the bytes of what will be encoded later. Raises UserError, before anything is encoded, if there is no
+        room for all of it.
         """
         activity.doing("encoding the images")
         table = PlacementTable.of(wanted)
         keys = table.keys(self._latents_made_by)
-        with self._missing(keys, lambda which: self._latent_bytes(table, which), SMALLER) as missing:
+        with self._missing(keys, lambda which: self._latent_bytes(table, which) + beside(), SMALLER) as missing:
             return self._encode_images(table, keys, missing) if len(missing) else {}
 
     def _encode_images(
@@ -189,17 +190,19 @@ class Encoder:
 
     # --- captions -----------------------------------------------------------------------------------------------------
 
-    def encode_captions(self, wanted: Iterable[str], text: TextEncoding, *, batch: int = 8) -> dict[str, str]:
-        """text -> cache key, for every wanted text and for the empty one.
+    def encode_captions(
+        self, wanted: Iterable[str], chunks: int, dtype: Literal["fp32", "bf16"] = "fp32", *, batch: int = 8
+    ) -> dict[str, str]:
+        """text -> cache key, for every wanted text and for the empty one. dtype: in the cache; all compute in fp32.
 
         Raises UserError, before anything is encoded, if there is no room for it.
         """
         activity.doing("encoding the captions")
-        keys = self._text_keys(["", *wanted], text)
+        keys = self._text_keys(wanted, chunks, dtype)
         texts = list(keys)
-        table = np.frombuffer(b"".join(map(key_bytes, keys.values())), np.uint8).reshape(-1, 16)
+        table = _packed(keys.values())
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
-        size = self._text_bytes(text)
+        size = self._text_bytes(chunks, dtype)
         with (
             self._missing(table, lambda which: len(which) * size, SMALLER_TEXTS) as missing,
             Behind() as writing,
@@ -210,9 +213,10 @@ class Encoder:
                 activity.beat()
                 group = [texts[number] for number in missing[ticket * batch : (ticket + 1) * batch]]
                 together = filled(group, batch)
-                context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=text.chunks)
+                context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=chunks)
                 if not (context.isfinite().all() and pooled.isfinite().all()):
                     raise UserError(f"the text encoders gave conditions that are not finite for {group[0]!r:.80}")
+                context, pooled = context.to(TYPES[dtype]), pooled.to(TYPES[dtype])
                 rows = [(keys[t], *row) for t, *row in zip(group, context.cpu(), pooled.cpu(), strict=False)]
                 writing.do(self._put_texts, rows)
                 bar.n = ticket * batch + len(group)
@@ -226,20 +230,25 @@ class Encoder:
         for key, context, pooled in rows:
             self.cache.put(key, {"context": context, "pooled": pooled})
 
-    def _text_keys(self, texts: Iterable[str], text: TextEncoding) -> dict[str, str]:
-        """Each text once."""
+    def bytes_of_captions(self, wanted: Iterable[str], chunks: int, dtype: Literal["fp32", "bf16"] = "fp32") -> int:
+        """What encode_captions would add to the cache."""
+        keys = self._text_keys(wanted, chunks, dtype)
+        return int(self.cache.missing(_packed(keys.values())).sum()) * self._text_bytes(chunks, dtype)
+
+    def _text_keys(self, texts: Iterable[str], chunks: int, dtype: Stored) -> dict[str, str]:
+        """Each text once, and the empty one."""
         models = [(fingerprint(e), e.config.hidden_act, e.config.eos_token_id) for e in self.components.text_encoders]
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
-        made_by = content_key("text", VERSION, models, words, text.chunks)
-        return {t: content_key(made_by, t)[:32] for t in dict.fromkeys(texts)}
+        made_by = content_key("text", VERSION, models, words, chunks, dtype)
+        return {t: content_key(made_by, t)[:32] for t in dict.fromkeys(["", *texts])}
 
-    def _text_bytes(self, text: TextEncoding) -> int:
+    def _text_bytes(self, chunks: int, dtype: Stored) -> int:
         width = sum(encoder.config.hidden_size for encoder in self.components.text_encoders)
         pooled = self.components.text_encoders[-1].config.projection_dim
-        return 4 * (77 * text.chunks * width + pooled)
+        return int(TYPES[dtype].itemsize * (77 * chunks * width + pooled))
 
 
-SMALLER = ", or make less: latents.stored=bf16, fewer bucketing.crops, bucketing.flip=false"
+SMALLER = ", or make less: text=live, latents.stored=bf16, fewer bucketing.crops, bucketing.flip=false"
 SMALLER_TEXTS = ", or make less: text=live, fewer text.chunks"
 
 
@@ -250,6 +259,11 @@ class Job:
     item: Item
     placement: Placement
     key: str
+
+
+def _packed(keys: Iterable[str]) -> NDArray[np.uint8]:
+    """[M,16] bytes of keys of 32 hex characters."""
+    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 16)
 
 
 def _picture(job: Job) -> torch.Tensor | str:

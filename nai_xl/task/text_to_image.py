@@ -104,14 +104,16 @@ class TextToImage:
         stored: Stored = self.latents.stored or ("bf16" if self.precision.autocast == "bf16" else "fp32")
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         refs = encoder.latent_refs(index, self.bucketing)
-        found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
+        looked_at = self._looked_at(index)
+        found = encoder.encode_images(
+            [refs, replace(refs, rows=Rows.of(looked_at))],
+            beside=lambda: encoder.bytes_of_captions(self._texts(index, looked_at), self.text.chunks),
+        )
         bad = dict(strategy.gather_objects(list(found.items())))
-        held = [item for item in self._looked_at(index) if item.path not in bad]
+        held = [item for item in looked_at if item.path not in bad]
         index = index.without(bad)
         refuse_empty(index, "data")
-        drawn = chain.from_iterable(self.captions.texts(item.caption) for item in index.items)
-        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
-        texts = encoder.encode_captions(chain(drawn, shown, (item.caption for item in held)), self.text)
+        texts = encoder.encode_captions(self._texts(index, held), self.text.chunks)
         strategy.wait()
         refs = encoder.latent_refs(index, self.bucketing)
         if run.latents.is_file():  # those that the run began with, whatever has become of the cache
@@ -125,6 +127,12 @@ class TextToImage:
             weights = self.sample_weights(index=index)
         shown_to = [(item, refs.of(item)[0]) for item in held]
         return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to))
+
+    def _texts(self, index: Index, held: Sequence[Item]) -> Iterator[str]:
+        """All texts that a run may read, some of them more than once."""
+        drawn = chain.from_iterable(self.captions.texts(item.caption) for item in index.items)
+        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
+        return chain(drawn, shown, (item.caption for item in held))
 
     def samples(self, encoded: Encoded) -> TextImages:
         """What batches are drawn from, of images and texts that lie in a cache."""
