@@ -80,8 +80,8 @@ def keys_of(cache: Path) -> NDArray[np.uint8]:
     """[M,16] of every record, those of entries that were made twice or have died too."""
     catalogue = Catalogue.read(cache / FOLDER)
     parts = [read_records(cache / FOLDER / f"{s.stem}{KEYS}", s.line, 0, s.rows) for s in catalogue.shards]
-    rows = np.concatenate(parts).view(np.uint8).reshape(-1, RECORD.itemsize)
-    return rows[:, :16]
+    # joined as bytes: numpy would turn the numbers round to the machine's order
+    return np.concatenate([part.view(np.uint8).reshape(-1, RECORD.itemsize) for part in parts])[:, :16]
 
 
 def unequal(one: Path, other: Path) -> int:
