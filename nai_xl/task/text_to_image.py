@@ -114,13 +114,17 @@ class TextToImage:
 
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
-        stored: Stored = self.latents.stored or ("bf16" if self.precision.autocast == "bf16" else "fp32")
+        stored: Stored = self.latents.stored or ("bf16" if self.computed is torch.bfloat16 else "fp32")
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
         refs = encoder.latent_refs(index, bucketing)
-        found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
+        looked_at = self._looked_at(index)
+        found = encoder.encode_images(
+            [refs, replace(refs, rows=Rows.of(looked_at))],
+            beside=lambda: self._bytes_of_texts(index, looked_at, encoder),
+        )
         bad = dict(strategy.gather_objects(list(found.items())))
-        held = [item for item in self._looked_at(index) if item.path not in bad]
+        held = [item for item in looked_at if item.path not in bad]
         index = index.without(bad)
         refuse_empty(index, "data")
         texts = self._encode_texts(index, held, encoder)
@@ -146,10 +150,20 @@ class TextToImage:
             parts, device = self.components, encoder.device
             self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
             return {}
+        return encoder.encode_captions(self._texts(index, held), self.text.chunks, self.text.kept_as(self.computed))
+
+    def _bytes_of_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> int:
+        """What the cache will have to take of texts."""
+        if self.text.in_step:
+            return 0
+        wanted = self._texts(index, held)
+        return encoder.bytes_of_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
+
+    def _texts(self, index: Index, held: Sequence[Item]) -> Iterator[str]:
+        """All texts that a run may read, some of them more than once."""
         drawn = chain.from_iterable(self.captions.texts(item.captions) or () for item in index.items)
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
-        wanted = chain(drawn, shown, (item.caption for item in held))
-        return encoder.encode_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
+        return chain(drawn, shown, (item.caption for item in held))
 
     def samples(self, encoded: Encoded, world: int = 1) -> TextImages:
         """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache.
