@@ -39,6 +39,7 @@ class RunDirectory:
     progress.json                how far the run has been reported and delivered (record.progress)
     run.json, latents.json       the data that the run began with, and the statistics of their latents
     skipped.csv                  images that could not be used
+    tag_weights.csv              which tags' images count more, and which less, where the images' weights differ
     log.txt                      the output of an arm that a sweep has trained
     checkpoints/ samples/ profile/ pipeline/
     """
@@ -85,6 +86,10 @@ class RunDirectory:
     @property
     def skipped(self) -> Path:
         return self.path / "skipped.csv"
+
+    @property
+    def tag_weights(self) -> Path:
+        return self.path / "tag_weights.csv"
 
     @property
     def log(self) -> Path:
