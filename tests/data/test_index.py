@@ -11,7 +11,7 @@ from PIL import Image
 
 from nai_xl.data.images import UNREADABLE, open_rgb
 from nai_xl.data.index import Index
-from nai_xl.data.source.folder import FolderSource
+from nai_xl.data.source.folder import scan
 from nai_xl.errors import UserError
 
 ORIENTATION = 0x0112
@@ -29,10 +29,6 @@ def put(folder: Path, name: str, image: Image.Image | None = None, caption: str 
     (image or picture()).save(path, **save)
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
-
-
-def scan(folder: Path, **settings: Any) -> Index:
-    return FolderSource(folder, **settings).scan()
 
 
 def only(folder: Path) -> tuple[str, str]:

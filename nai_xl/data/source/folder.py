@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,11 @@ class FolderSource(Limited):
         index = _chosen(self.dir, listing, facts, self.limits)
         refuse_empty(index, f"data.dir={self.dir}")
         return index.hold_out(self.held_out)
+
+
+def scan(folder: Path, **settings: Any) -> Index:
+    """The index of a folder, for sources that write one. settings: those of FolderSource."""
+    return FolderSource(folder, **settings).scan()
 
 
 def _found_instead(listing: Listing) -> str:

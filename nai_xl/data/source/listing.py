@@ -7,13 +7,14 @@ import hashlib
 import os
 import stat
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,10 @@ from nai_xl.data.skipped import Noted
 CLOCK = 2.0  # seconds: the step of FAT's times, the coarsest in use
 AT_ONCE = 1024  # files that a thread looks at
 THREADS = 8  # more than processors: folders on a network answer slowly
+PACKED = Struct("=3q").pack  # of length and times
 NUMBERS = 6  # of a row of stamps: length, times of change of content and of inode, of the picture and of the caption
 METADATA = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 ARCHIVES = {"tar": "data=shards", "parquet": "data=table", "arrow": "data=datasets"}
-
-Stamp = tuple[int, int, int]
 
 
 class Kind(IntEnum):
@@ -123,9 +123,9 @@ class _Found:
     """What a walk has gathered so far, as arrays."""
 
     names: list[pa.Array] = field(default_factory=list)
-    stamps: array[int] = field(default_factory=lambda: array("q"))
-    kinds: bytearray = field(default_factory=bytearray)
-    table: array[int] = field(default_factory=lambda: array("i"))
+    stamps: list[NDArray[np.int64]] = field(default_factory=list)
+    kinds: list[NDArray[np.uint8]] = field(default_factory=list)
+    table: list[NDArray[np.int32]] = field(default_factory=list)
     tables: list[bytes] = field(default_factory=list)
     noted: Noted = field(default_factory=Noted)
     others: Counter[str] = field(default_factory=Counter)
@@ -137,9 +137,9 @@ class _Found:
         names = pa.concat_arrays([pa.array([], pa.binary()), *self.names])
         return Listing(
             names,
-            np.frombuffer(self.stamps, np.int64).reshape(-1, NUMBERS),
-            np.frombuffer(self.kinds, np.uint8),
-            np.frombuffer(self.table, np.int32),
+            np.concatenate([np.zeros((0, NUMBERS), np.int64), *self.stamps]),
+            np.concatenate([np.zeros(0, np.uint8), *self.kinds]),
+            np.concatenate([np.zeros(0, np.int32), *self.table]),
             self.tables,
             self.noted,
             self.others,
@@ -155,7 +155,7 @@ class _Place:
 
     name: bytes
     table: int = -1
-    stamp: Stamp = (0, 0, 0)
+    stamp: bytes = b""
 
 
 def list_folder(folder: Path, *, max_caption: int) -> Listing:
@@ -204,142 +204,147 @@ def _look_into(
     prefix = place.name + b"/" if place.name else b""
     try:
         with os.scandir(os.path.join(root, place.name)) as entries:  # noqa: PTH118
-            every = sorted(entries, key=lambda entry: entry.name)
+            every = sorted(entries, key=attrgetter("name"))
     except OSError as error:
         if not place.name:
             raise
         found.noted.add(place.name, "unreadable folder", f"a folder that cannot be read: {error.strerror}")
         return [], []
     parts = [every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE)]
-    files: dict[bytes, Stamp] = {}
-    folders: list[bytes] = []
-    links: list[bytes] = []
-    for stamps, plain, linked, bad in pool.map(_stamps, parts):
-        files.update(stamps)
-        folders += plain
-        links += linked
-        for name, kind, reason in bad:
-            found.noted.add(prefix + name, kind, reason)
+    here = _Files()
+    for part in pool.map(_sorted_out, parts):
+        here.add(part)
+    for name, kind, reason in here.bad:
+        found.noted.add(prefix + name, kind, reason)
     table, stamp = place.table, place.stamp
-    named = [name for name in METADATA if name in files]
+    named = [name for name in METADATA if name in here.texts]
     if named:
-        table, stamp = len(found.tables), files.pop(named[0])
+        table, stamp = len(found.tables), here.texts.pop(named[0])
         found.tables.append(prefix + named[0])
         for name in named[1:]:
-            files.pop(name)
+            del here.texts[name]
             found.noted.add(prefix + name, "caption", f"{named[0].decode()} is read instead")
-    _pair(prefix, files, table, stamp, found, max_caption)
+    _pair(prefix, here, table, stamp, found, max_caption)
     return (
-        [_Place(prefix + name, table, stamp) for name in folders],
-        [_Place(prefix + name, table, stamp) for name in links],
+        [_Place(prefix + name, table, stamp) for name in here.folders],
+        [_Place(prefix + name, table, stamp) for name in here.links],
     )
 
 
-Bad = tuple[bytes, str, str]
+@dataclass
+class _Files:
+    """Of one folder: images as (name, stem, stamp), files of captions with their stamps, and what else is there."""
+
+    images: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)
+    texts: dict[bytes, bytes] = field(default_factory=dict)
+    others: list[tuple[bytes, bytes]] = field(default_factory=list)  # with their suffixes
+    folders: list[bytes] = field(default_factory=list)
+    links: list[bytes] = field(default_factory=list)
+    bad: list[tuple[bytes, str, str]] = field(default_factory=list)
+
+    def add(self, more: _Files) -> None:
+        self.images += more.images
+        self.texts |= more.texts
+        self.others += more.others
+        self.folders += more.folders
+        self.links += more.links
+        self.bad += more.bad
 
 
-def _stamps(entries: Iterable[os.DirEntry[bytes]]) -> tuple[dict[bytes, Stamp], list[bytes], list[bytes], list[Bad]]:
-    """Files -> stamps, folders, linked folders, and what cannot be used. Files of other kinds are not looked at."""
-    files: dict[bytes, Stamp] = {}
-    folders: list[bytes] = []
-    links: list[bytes] = []
-    bad: list[Bad] = []
+def _sorted_out(entries: Iterable[os.DirEntry[bytes]]) -> _Files:
+    files = _Files()
     for entry in entries:
         name = entry.name
         try:
             if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(name)
+                (files.links if entry.is_symlink() else files.folders).append(name)
                 continue
-            if not _is_wanted(name):
-                files[name] = (0, 0, 0)
+            point = name.rfind(b".")
+            suffix = name[point:] if point > 0 else b""
+            image = suffix in _IMAGES or suffix.lower() in _IMAGES
+            if not image and suffix not in SIDECARS and name not in METADATA:
+                files.others.append((name, suffix))
                 continue
             there = entry.stat()
-            if stat.S_ISREG(there.st_mode):
-                files[name] = there.st_size, there.st_mtime_ns, there.st_ctime_ns
-            else:
-                bad.append((name, "no file", "not a regular file"))
         except OSError as error:
-            looped = error.errno == errno.ELOOP
-            reason = "a link that leads to itself" if looped else "a link to nothing"
-            bad.append((name, "link", reason if entry.is_symlink() else f"cannot be looked at: {error.strerror}"))
-    return files, folders, links, bad
-
-
-def _is_wanted(name: bytes) -> bool:
-    suffix = _suffix(name)
-    return suffix in _IMAGES or suffix in SIDECARS or name in METADATA
-
-
-def _suffix(name: bytes) -> bytes:
-    """With its point and in small letters where it is an image's; empty for a name that only begins with one."""
-    place = name.rfind(b".")
-    if place <= 0:
-        return b""
-    suffix = name[place:]
-    return low if (low := suffix.lower()) in _IMAGES else suffix
+            reason = "a link that leads to itself" if error.errno == errno.ELOOP else "a link to nothing"
+            reason = reason if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
+            files.bad.append((name, "link", reason))
+            continue
+        if not stat.S_ISREG(there.st_mode):
+            files.bad.append((name, "no file", "not a regular file"))
+            continue
+        stamp = PACKED(there.st_size, there.st_mtime_ns, there.st_ctime_ns)
+        if image:
+            files.images.append((name, name[:point], stamp))
+        else:
+            files.texts[name] = stamp
+    return files
 
 
 _IMAGES = frozenset(f".{suffix}".encode() for suffix in SUFFIXES)
 
 
-def _pair(
-    prefix: bytes, files: dict[bytes, Stamp], table: int, table_stamp: Stamp, found: _Found, max_caption: int
-) -> None:
+def _pair(prefix: bytes, files: _Files, table: int, table_stamp: bytes, found: _Found, max_caption: int) -> None:
     """Add the images of one folder, each with the caption that comes first."""
+    there = {name[name.rfind(b".") :] for name in files.texts}
+    ends = [(kind, end) for end, kind in SIDECARS.items() if end in there]
     names: list[bytes] = []
+    kinds: list[int] = []
+    stamps = bytearray()
     used: dict[bytes, bytes] = {}  # caption file -> its first picture
-    shadowed: set[bytes] = set()
-    for name, stamp in files.items():
-        suffix = _suffix(name)
-        if suffix not in _IMAGES:
-            continue
-        found.images += 1
-        stem = name[: -len(suffix)]
-        captions = [(kind, stem + end) for end, kind in SIDECARS.items() if stem + end in files]
-        if table >= 0:
-            captions.append((Kind.METADATA, b""))  # the nearer comes first: a file of the image's own
-        if not captions:
+    unused = set(files.texts)
+    for name, stem, stamp in files.images:
+        captions = [(kind, text) for kind, end in ends if (text := stem + end) in files.texts]
+        if captions:
+            kind, text = captions[0]
+            caption = files.texts[text]
+            if text in used:
+                found.twins.add(f"{_shown(prefix + used[text])} and {_shown(name)}")
+            else:
+                used[text] = name
+                unused.discard(text)
+            if len(captions) > 1:
+                found.doubled.add(_shown(prefix + name))
+        elif table >= 0:
+            kind, caption = Kind.METADATA, table_stamp
+        else:
             found.noted.add(prefix + name, "no caption", f"no caption file {_shown(stem)}.txt")
             continue
-        kind, text = captions[0]
-        if len(captions) > 1 and captions[1][0] != Kind.METADATA:  # tables may not name this one
-            found.doubled.add(_shown(prefix + name))
-        shadowed.update(other for _, other in captions[1:])
-        if text in used and text:
-            found.twins.add(f"{_shown(prefix + used[text])} and {_shown(name)}")
-        elif text:
-            used[text] = name
-        caption = files[text] if text else table_stamp
-        if text and caption[0] > max_caption:
-            found.noted.add(
-                prefix + name,
-                "caption too long",
-                f"caption file of {caption[0]} bytes; data.max_caption is {max_caption}",
-            )
-            continue
         names.append(prefix + name)
-        found.stamps.extend((*stamp, *caption))
-        found.kinds.append(kind)
-        found.table.append(table if kind == Kind.METADATA else -1)
-    found.names.append(pa.array(names, pa.binary()))
-    _note_the_rest(prefix, files, used, shadowed, found)
+        kinds.append(kind)
+        stamps += stamp
+        stamps += caption
+    found.images += len(files.images)
+    _add(names, kinds, stamps, table, found, max_caption)
+    _note_the_rest(prefix, files, unused, found)
 
 
-def _note_the_rest(
-    prefix: bytes, files: dict[bytes, Stamp], used: dict[bytes, bytes], shadowed: set[bytes], found: _Found
-) -> None:
-    for name in files:
-        suffix = _suffix(name)
-        if suffix in _IMAGES or name in used:
-            continue
-        if name in shadowed:
-            found.noted.add(prefix + name, "caption", "a caption of the same image in another place comes first")
-        elif suffix in SIDECARS:
-            found.noted.add(prefix + name, "caption", "a caption without an image of the same name")
-        else:
-            kind = suffix[1:].lower().decode(errors="backslashreplace")
-            found.others[kind] += 1
-            found.noted.add(prefix + name, "other", _about(kind))
+def _add(names: list[bytes], kinds: list[int], stamps: bytearray, table: int, found: _Found, max_caption: int) -> None:
+    """Add images with their captions, less those with a caption file that is too long to be read."""
+    rows = np.frombuffer(stamps, np.int64).reshape(-1, NUMBERS)
+    source = np.array(kinds, np.uint8)
+    long = (rows[:, 3] > max_caption) & (source != Kind.METADATA)
+    for number in np.flatnonzero(long):
+        reason = f"caption file of {rows[number, 3]} bytes; data.max_caption is {max_caption}"
+        found.noted.add(names[number], "caption too long", reason)
+    array = pa.array(names, pa.binary())
+    found.names.append(array.filter(pa.array(~long)) if long.any() else array)
+    found.stamps.append(rows[~long])
+    found.kinds.append(source[~long])
+    found.table.append(np.where(source[~long] == Kind.METADATA, table, -1).astype(np.int32))
+
+
+def _note_the_rest(prefix: bytes, files: _Files, unused: set[bytes], found: _Found) -> None:
+    pictures = {stem for _, stem, _ in files.images} if unused else set()
+    for name in sorted(unused):
+        shadowed = name[: name.rfind(b".")] in pictures
+        reason = "another caption of its image comes first" if shadowed else "a caption without an image of its name"
+        found.noted.add(prefix + name, "caption", reason)
+    for name, suffix in files.others:
+        kind = suffix[1:].lower().decode(errors="backslashreplace")
+        found.others[kind] += 1
+        found.noted.add(prefix + name, "other", _about(kind))
 
 
 def _about(kind: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from nai_xl.data.index import Index
 from nai_xl.data.source import folder as module
 from nai_xl.data.source import reading
-from nai_xl.data.source.folder import FolderSource
+from nai_xl.data.source.folder import scan
 from nai_xl.files import user_cache
 
 Touched = list[str]
@@ -59,7 +59,7 @@ def put(path: Path, seed: int, *, side: int = 24, caption: str | None = None) ->
 
 
 def look(folder: Path, **settings: Any) -> Index:
-    return FolderSource(folder, **settings).scan()
+    return scan(folder, **settings)
 
 
 def fresh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
