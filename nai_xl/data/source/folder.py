@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from nai_xl.data import index_file
 from nai_xl.data.cache import content_key
 from nai_xl.data.colour import Profile
 from nai_xl.data.images import READER
-from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.index import Index, OnChange, refuse_empty
 from nai_xl.data.rows import Rows
 from nai_xl.data.skipped import SCHEMA, SkippedFiles, shown
 from nai_xl.data.source import Share
@@ -60,6 +60,8 @@ class FolderSource:
     than `max_caption` bytes are skipped, and listed with the rest.
     """
 
+    without_effect: ClassVar[tuple[str, ...]] = ("on_change",)  # on which run it is
+
     dir: Annotated[Path, AfterValidator(_existing)]
     min_side: int = 16
     held_out: Share = 0.0
@@ -68,6 +70,7 @@ class FolderSource:
     caption_lines: bool = False
     blank_captions: Literal["keep", "skip"] = "keep"
     encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
+    on_change: OnChange = "refuse"
 
     def scan(self) -> Index:
         """What an earlier scan read and is unchanged is not opened again."""
@@ -86,6 +89,7 @@ class FolderSource:
         limits = Limits(self.min_side, self.max_megapixels, self.max_caption, self.blank_captions == "skip")
         index = _chosen(self.dir, listing, facts, limits)
         refuse_empty(index, f"data.dir={self.dir}")
+        index.on_change = self.on_change
         return index.hold_out(self.held_out)
 
 
@@ -248,9 +252,7 @@ def _chosen(folder: Path, listing: Listing, facts: Facts, limits: Limits) -> Ind
     skipped = skipped.take(pc.sort_indices(skipped["path"]))
     rows = _rows(facts, folder)
     rows = rows if choice.kept.all() else rows.take(np.flatnonzero(choice.kept))
-    index = Index(rows, SkippedFiles(skipped, folder))
-    index.remarks = [*_remarks(listing, facts.usable, choice.kept, limits)]
-    return index
+    return Index(rows, SkippedFiles(skipped, folder), remarks=[*_remarks(listing, facts.usable, choice.kept)])
 
 
 def _joined(*parts: pa.ChunkedArray | str) -> pa.ChunkedArray:
@@ -268,7 +270,7 @@ def _rows(facts: Facts, folder: Path) -> Rows:
 # --- what is said of it -----------------------------------------------------------------------------------------------
 
 
-def _remarks(listing: Listing, table: pa.Table, kept: NDArray[np.bool_], limits: Limits) -> Iterable[str]:
+def _remarks(listing: Listing, table: pa.Table, kept: NDArray[np.bool_]) -> Iterable[str]:
     """What is not as one may expect, each once with its count."""
     others = [(kind, n) for kind, n in listing.others.most_common() if kind not in ARCHIVES]
     if plain := [f"{n} .{shown(kind)}" if kind else f"{n} without a suffix" for kind, n in others[:8]]:
