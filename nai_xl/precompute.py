@@ -6,11 +6,14 @@ from omegaconf import DictConfig
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
+from nai_xl.data.skipped import shown
 from nai_xl.engine.console import Screen
 from nai_xl.engine.stop import Stop
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.training.processes import heartbeat
+
+SHOWN = 20  # skipped images
 
 
 def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
@@ -27,8 +30,11 @@ def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
     screen = Screen(silent=not strategy.first)
     screen.say(*(f"environment: {line}" for line in environment))
     screen.say(f"cached: {data.counted()}")
-    for skip in data.index.skipped:
-        screen.say(f"skipped: {skip.path}: {skip.reason}")
+    screen.say(*data.index.remarks)
+    for skip in data.index.skipped.of_images()[:SHOWN]:
+        screen.say(f"skipped: {shown(str(skip.path))}: {skip.reason}")
+    if (more := len(data.index.skipped.of_images()) - SHOWN) > 0:
+        screen.say(f"skipped: {more} more images; python -m nai_xl.train lists them in skipped.csv")
 
 
 main = config.entry_point(precompute)

@@ -65,7 +65,7 @@ class FolderSource(Limited):
         facts = gathered(user_cache() / "index" / key, listing, now, reader)
         index = _chosen(self.dir, listing, facts, self.limits)
         refuse_empty(index, f"data.dir={self.dir}")
-        return index.hold_out(self.held_out)
+        return self.settled(index)
 
 
 def scan(folder: Path, **settings: Any) -> Index:

@@ -59,7 +59,7 @@ class TableSource(Limited):
         found = gathered("data.files", ["table", *which], files, stamps, partial(read_table, which=which))
         index = found.index(self.limits, RowGroups(tuple(files), which.image))
         index.remarks = [*_costly(mapped(found.file)), *index.remarks]
-        return index.hold_out(self.held_out)
+        return self.settled(index)
 
     def _columns(self, where: str) -> Columns:
         with places.told("data.files", where):

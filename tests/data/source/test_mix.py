@@ -76,9 +76,8 @@ def test_what_one_source_holds_out_is_trained_on_from_none(two: dict[str, Folder
 
 def test_limits_and_reasons_name_the_source(tmp_path: Path) -> None:
     many(tmp_path / "one", 0, 1)
-    shard = packed(
-        tmp_path / "s.tar", {"1.png": picture(size=(20, 20)), "1.txt": b"", "2.png": picture(2, (9, 9)), "2.txt": b""}
-    )
+    members = {"1.png": picture(5), "1.txt": b"", "2.png": picture(2, (9, 9)), "2.txt": b""}
+    shard = packed(tmp_path / "s.tar", members)
     mix = MixSource({"a": FolderSource(tmp_path / "one"), "b": ShardsSource(files=str(shard))})
     index = mix.scan()
     assert [(str(s.path), s.reason) for s in index.skipped] == [
@@ -139,4 +138,6 @@ def test_a_typo_in_a_source_is_told_by_the_command(typed: Callable[..., str], im
     assert "data.sources.photos.min_sied" in typed(
         main, "data=mix", *photos, "data.sources.photos.min_sied=3", status=1
     )
-    assert "foldr" in typed(main, "data=mix", "+data@data.sources.photos=foldr", status=1)
+    assert "data=foldr: no such option; did you mean 'folder'?" in typed(
+        main, "data=mix", "+data@data.sources.photos=foldr", status=1
+    )
