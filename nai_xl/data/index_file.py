@@ -200,4 +200,6 @@ def _tidy(file: Path, made: Iterable[Path]) -> None:
 
 def _bar(what: str, sizes: Sequence[int]) -> tqdm[Any]:
     """A progress bar on the first of the processes that a launcher has started; none where all is there."""
-    return tqdm(total=sum(sizes), desc=what, unit=" images", disable=not sizes or os.environ.get("RANK", "0") != "0")
+    return tqdm(
+        total=sum(sizes), desc=what, unit=" images", delay=1, disable=not sizes or os.environ.get("RANK", "0") != "0"
+    )
