@@ -201,4 +201,5 @@ def _tidy(file: Path, made: Iterable[Path]) -> None:
 
 def _bar(what: str, unit: str, sizes: Sequence[int]) -> tqdm[Any]:
     """A progress bar on the first of the processes that a launcher has started; none where all is there."""
-    return tqdm(total=sum(sizes), desc=what, unit=f" {unit}", disable=not sizes or os.environ.get("RANK", "0") != "0")
+    silent = not sizes or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=sum(sizes), desc=what, unit=f" {unit}", delay=1, disable=silent)

@@ -122,6 +122,15 @@ def test_sources_are_added_by_their_options(images: Path, tmp_path: Path) -> Non
     assert config.signature(cfg) != config.signature(other)
 
 
+def test_the_yaml_of_the_docs_composes(tmp_path: Path) -> None:
+    page = (config.conf_dir().parent / "docs" / "data_sources.md").read_text()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "both.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    mix = config.compose([f"hydra.searchpath=['file://{tmp_path}']", "data=both"]).data
+    assert mix.sources.photos._target_.endswith("FolderSource") and mix.sources.photos.dir == "/data/photos"
+    assert mix.sources.art._target_.endswith("ShardsSource") and mix.repeats == {"art": 3}
+
+
 def test_mistakes_are_told_where_they_are(images: Path) -> None:
     photos = "+data@data.sources.photos=folder", f"data.sources.photos.dir={images}"
     assert "data.sources={}: there is none; add one with +data@data.sources.NAME=folder" in typed_mistake()
