@@ -30,6 +30,7 @@ SUFFIXES = frozenset(
 FORMATS = "AVIF BMP DIB GIF JPEG JPEG2000 PNG PPM QOI TGA TIFF WEBP".split()  # not EPS: it runs a program
 READER = f"Pillow {PIL.__version__}" + (" with HEIF" if HEIF else "")
 TEXT = 64 << 20  # bytes of text in a PNG, in one place and altogether: generators of images write megabytes
+LATE = 250_000_000  # pixels: larger PNGs are not decoded for an EXIF rotation that stands behind them
 
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = TEXT, TEXT
 Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's limit, which nobody can raise, there is max_megapixels
@@ -52,10 +53,30 @@ class Looked(NamedTuple):
 def look(file: BinaryIO) -> Looked:
     """Of a seekable file, read to its end; of the picture, only the header. Raises one of UNREADABLE."""
     with Image.open(file, formats=FORMATS) as image:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        turned = _exif(image, file).get(0x0112) in (5, 6, 7, 8)
         width, height = image.size[::-1] if turned else image.size
         profile = profile_of(image)
     return Looked(width, height, _digest(file), profile)
+
+
+def _exif(image: Image.Image, file: BinaryIO) -> Image.Exif:
+    """Pillow decodes a whole PNG for it, since it may stand behind the pixels, which it hardly ever does."""
+    late = image.format != "PNG" or (_has_late_chunks(file) and image.width * image.height <= LATE)
+    return image.getexif() if late else Image.Image.getexif(image)
+
+
+def _has_late_chunks(file: BinaryIO) -> bool:
+    """Whether a PNG has chunks of its own behind the first one with pixels; PNG specification, 3rd edition, 5.3."""
+    before, seen = file.tell(), False
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if seen and kind not in (b"IDAT", b"fcTL", b"fdAT", b"IEND"):
+            break
+        seen |= kind == b"IDAT"
+        file.seek(length + 4, 1)
+    file.seek(before)
+    return len(head) == 8
 
 
 def _digest(file: BinaryIO) -> bytes:

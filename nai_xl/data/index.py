@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,11 @@ from nai_xl.files import write_atomically
 
 HEX = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), np.uint16)
 
+OnChange = Literal["continue", "new", "refuse"]
+"""What the same command does when the data are others than those that its run began with: it goes on with what is there
+now, begins a run with another name, or stops and says what has changed.
+"""
+
 
 @dataclass(slots=True)
 class Index:
@@ -35,6 +41,7 @@ class Index:
     skipped: SkippedFiles
     held_out: Rows
     remarks: Sequence[str]  # what the source has to say once
+    on_change: OnChange  # of a run that was begun with other data
 
     def __init__(
         self,
@@ -42,9 +49,10 @@ class Index:
         skipped: Iterable[Skipped] = (),
         held_out: Iterable[Item] = (),
         remarks: Sequence[str] = (),
+        on_change: OnChange = "refuse",
     ):
         self.items, self.held_out = Rows.of(items), Rows.of(held_out)
-        self.skipped, self.remarks = SkippedFiles.of(skipped), remarks
+        self.skipped, self.remarks, self.on_change = SkippedFiles.of(skipped), remarks, on_change
 
     def hold_out(self, share: float) -> Index:
         """The index with about `share` of its images held out: those whose content's hash lies below it.
@@ -58,7 +66,7 @@ class Index:
         if not held.any():
             return self
         kept, aside = (self.items.take(np.flatnonzero(mask)) for mask in (~held, held))
-        return Index(kept, self.skipped, aside, self.remarks)
+        return replace(self, items=kept, held_out=aside)
 
     def fingerprint(self) -> str:
         """16 hex characters over every image's content and captions, whatever the folder or file is called."""
@@ -70,7 +78,7 @@ class Index:
             return self
         kept, held = (rows.take(np.flatnonzero(~rows.are_at(unusable))) for rows in (self.items, self.held_out))
         skipped = self.skipped.and_(Skipped(path, reason) for path, reason in unusable.items())
-        return Index(kept, skipped, held, self.remarks)
+        return replace(self, items=kept, skipped=skipped, held_out=held)
 
 
 def noted_beside(rows: Rows, find: Callable[[Rows], str]) -> str:

@@ -101,6 +101,7 @@ def built(
     *,
     notes: Mapping[str, str] | None = None,
     what: str = "reading the images",
+    unit: str = "images",
     sizes: Sequence[int] | None = None,
 ) -> Path:
     """`file`, made where it is not there yet, together with every other process that wants it.
@@ -114,7 +115,7 @@ def built(
     folder = file.parent / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: folder / f"{name}.arrow" for name in parts}
-    with _bar(what, sizes or [1] * len(parts)) as bar:
+    with _bar(what, unit, sizes or [1] * len(parts)) as bar:
         _make_all(parts, made, bar, sizes or [1] * len(parts), enough=file)
     with FileLock(str(file.parent / ".joining.lock")):
         if not is_whole(file):
@@ -174,6 +175,7 @@ def _tidy(file: Path, made: Iterable[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _bar(what: str, sizes: Sequence[int]) -> tqdm[Any]:
+def _bar(what: str, unit: str, sizes: Sequence[int]) -> tqdm[Any]:
     """A progress bar on the first of the processes that a launcher has started; none where all is there."""
-    return tqdm(total=sum(sizes), desc=what, unit=" images", disable=not sizes or os.environ.get("RANK", "0") != "0")
+    silent = not sizes or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=sum(sizes), desc=what, unit=f" {unit}", delay=1, disable=silent)

@@ -191,7 +191,8 @@ class Rows(Sequence[Item]):
 
     def are_at(self, paths: Iterable[Path]) -> NDArray[np.bool_]:
         """[N]: whether an item's path is one of these."""
-        within = [os.fsencode(path.relative_to(self.root)) for path in paths if path.is_relative_to(self.root)]
+        root = os.fsencode(self.root / "_")[:-1]  # with its slash; nothing where there is no root
+        within = [name.removeprefix(root) for name in map(os.fsencode, paths) if name.startswith(root)]
         found: NDArray[np.bool_] = pc.is_in(self.column("path"), pa.array(within, pa.binary())).to_numpy()
         return found
 

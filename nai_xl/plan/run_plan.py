@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nai_xl import config
+from nai_xl.data.bucketing import assigned
+from nai_xl.data.report import within
 from nai_xl.engine.gpus import GIB, Gpu
 from nai_xl.engine.loop import RunSettings
 from nai_xl.errors import UserError
@@ -133,13 +136,13 @@ def skeleton_of(model: DictConfig, plugins: tuple[str, ...] = ()) -> Callable[[]
 def find_canvases(cfg: DictConfig, build: Callable[..., Any]) -> tuple[dict[Bucket, int], bool]:
     """Canvas -> its number of images, and whether a data set said so; without one, each of the bucketing's once.
 
-    Raises UserError for a folder that is not there.
+    Raises UserError for data that are not there.
     """
     bucketing = build(cfg.bucketing)
     folder = None if OmegaConf.is_missing(cfg.data, "dir") else cfg.data.get("dir")
-    if folder:
-        if not Path(folder).is_dir():
-            raise UserError(f"data.dir={folder}: no such folder; leave data.dir out to plan without data")
+    if folder and "://" not in str(folder) and not Path(folder).is_dir():
+        raise UserError(f"data.dir={folder}: no such folder; leave data.dir out to plan without data")
+    if any(key in cfg.data and not OmegaConf.is_missing(cfg.data, key) for key in ("dir", "files", "sources")):
         config.check(cfg, only=["data"])
         found = assigned(within(build(cfg.data).scan(), bucketing).items.sizes, bucketing)
         counts = zip(found.buckets, np.bincount(found.of).tolist(), strict=True)

@@ -66,12 +66,13 @@ def of_json(text: str, name: str) -> list[str]:
         raise NoCaption("bad .json", f"caption file {name} is not JSON") from error
     if isinstance(found, dict):
         found = next((found[key] for key in NAMES if key in found), None)
-    if (captions := _listed(found)) is None:
+    if (captions := listed(found)) is None:
         raise NoCaption("bad .json", f"caption file {name} has no caption: no string, and none under {_or(NAMES)}")
     return captions
 
 
-def _listed(found: Any) -> list[str] | None:
+def listed(found: Any) -> list[str] | None:
+    """The captions of a string or of a list of them, at least one; None for anything else."""
     if isinstance(found, str):
         found = [found]
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
@@ -119,7 +120,7 @@ class Tables:
             return {
                 posixpath.normpath(posixpath.join(folder, name.encode(errors="replace"))): captions
                 for name, text in rows
-                if isinstance(name, str) and (captions := _listed(text)) is not None
+                if isinstance(name, str) and (captions := listed(text)) is not None
             }
         except (OSError, ValueError, KeyError, csv.Error, RecursionError, pa.ArrowException) as error:
             return NoCaption("bad table", f"{path.name} cannot be read: {str(error).splitlines()[0]}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.types as kinds
 
+from nai_xl.data.source.caption_files import listed
 from nai_xl.data.source.part import Fault
 from nai_xl.errors import UserError
 
@@ -38,7 +39,10 @@ def _one(names: Sequence[str], asked: str | None, usual: Sequence[str], key: str
 
 
 def refuse_kinds(schema: pa.Schema, columns: Columns, where: str) -> None:
-    """Raise UserError for a column of images or captions that cannot hold any."""
+    """Raise UserError for a column of images or captions that is not there or cannot hold any."""
+    for column in columns:
+        if column not in schema.names:
+            raise UserError(f"{where} has no column {column}, as other files have; there is {', '.join(schema.names)}")
     image, caption = schema.field(columns.image).type, schema.field(columns.caption).type
     if not (is_text(image) or is_bytes(image) or _is_image(image)):
         raise UserError(
@@ -79,14 +83,10 @@ def as_image(value: Any) -> tuple[bytes | None, str | None]:
 
 
 def as_captions(value: Any) -> list[str] | Fault:
-    """The captions of one value: those that are not blank, or one blank one."""
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+    """Those of one value."""
+    captions = listed(value)
+    if captions is None:
         return Fault("no caption", "no caption in this row")
-    if any("\0" in text for text in given):
+    if any("\0" in text for text in captions):
         return Fault("NUL in the caption", "the caption holds NUL bytes")
-    try:
-        "".join(given).encode()
-    except UnicodeEncodeError:
-        return Fault("undecodable caption", "the caption is not UTF-8")
-    return [stripped for text in given if (stripped := text.strip())] or [""]
+    return captions

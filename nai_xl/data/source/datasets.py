@@ -49,7 +49,7 @@ class DatasetsSource(Limited):
             which = columns.found(schema.names, self.image, self.caption, places.name(files[0]))
         stamps = places.stamps("data.dir", files)
         found = gathered("data.dir", ["datasets", *which], files, stamps, partial(read_stream, which=which))
-        return found.index(self.limits, places.Ranges(tuple(files))).hold_out(self.held_out)
+        return self.settled(found.index(self.limits, places.Ranges(tuple(files))))
 
 
 def saved_files(folder: str, split: str | None) -> list[str]:
@@ -57,7 +57,7 @@ def saved_files(folder: str, split: str | None) -> list[str]:
     folder = folder.rstrip("/") if places.is_remote(folder) else str(Path(folder).expanduser())
     splits = _json(folder, SPLITS)
     if splits is not None:
-        known = [str(name) for name in splits.get("splits", [])]
+        known = [str(name) for name in _items(splits, "splits")]
         if split not in known:
             which = f"data.split={split} is none of its splits" if split else "it has several splits"
             raise UserError(f"data.dir={places.shown(folder)}: {which}; set data.split to one of {', '.join(known)}")
@@ -75,7 +75,8 @@ def saved_files(folder: str, split: str | None) -> list[str]:
             f"data.dir={places.shown(folder)} was saved by an early version of datasets, with a list of the rows that "
             "count; load and save it again"
         )
-    files = [f"{folder}/{_plain(folder, str(file['filename']))}" for file in state.get("_data_files", [])]
+    names = [str(file.get("filename")) for file in _items(state, "_data_files") if isinstance(file, dict)]
+    files = [f"{folder}/{_plain(folder, name)}" for name in names]
     if not files:
         raise UserError(f"data.dir={places.shown(folder)}: {STATE} lists no files")
     return files
@@ -88,9 +89,16 @@ def _json(folder: str, name: str) -> dict[str, Any] | None:
             found = json.loads(places.read(f"{folder}/{name}"))
         except FileNotFoundError:
             return None
+        except RecursionError:
+            found = None
         if not isinstance(found, dict):
             raise ValueError("not what save_to_disk writes")
         return found
+
+
+def _items(found: dict[str, Any], key: str) -> list[Any]:
+    value = found.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _plain(folder: str, name: str) -> str:

@@ -65,7 +65,7 @@ class FolderSource(Limited):
         facts = gathered(user_cache() / "index" / key, listing, now, reader)
         index = _chosen(self.dir, listing, facts, self.limits)
         refuse_empty(index, f"data.dir={self.dir}")
-        return index.hold_out(self.held_out)
+        return self.settled(index)
 
 
 def scan(folder: Path, **settings: Any) -> Index:
@@ -189,7 +189,8 @@ def _rows(facts: Facts, folder: Path) -> Rows:
 
 def _remarks(listing: Listing) -> Iterable[str]:
     """What is not as one may expect, each once with its count."""
-    others = [(kind, n) for kind, n in listing.others.most_common() if kind not in ARCHIVES]
+    every = sorted(listing.others.items(), key=lambda pair: (-pair[1], pair[0]))
+    others = [(kind, n) for kind, n in every if kind not in ARCHIVES]
     if plain := [f"{n} .{shown(kind)}" if kind else f"{n} without a suffix" for kind, n in others[:8]]:
         more = len(others) - len(plain)
         yield f"not images: {', '.join(plain)}{f' and {more} more kinds' if more > 0 else ''}; listed in skipped.csv"
@@ -205,4 +206,4 @@ def _remarks(listing: Listing) -> Iterable[str]:
 
 
 def _examples(few: Few) -> str:
-    return ", ".join(map(shown, few.names)) + (", ..." if few.count > len(few.names) else "")
+    return ", ".join(few.names) + (", ..." if few.count > len(few.names) else "")

@@ -67,7 +67,7 @@ def gathered(
             numbers, rows = _unchanged(home, names)
             missing = (number for number in range(len(names)) if number not in numbers)
             parts = {names[number]: partial(read, number, files[number]) for number in missing}
-            built(file, parts, lambda: rows, notes={PARTS: json.dumps(names)}, what=f"reading {key}")
+            built(file, parts, lambda: rows, notes={PARTS: json.dumps(names)}, what=f"reading {key}", unit="files")
     return Gathered(file, f"{key}={places.shown(files[0])}{' ...' if len(files) > 1 else ''}")
 
 

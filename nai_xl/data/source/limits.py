@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from nai_xl.data.colour import Profile
+from nai_xl.data.index import Index, OnChange
 from nai_xl.data.rows import Rows
 from nai_xl.data.skipped import SCHEMA
 from nai_xl.data.source import Share
@@ -48,11 +49,19 @@ class Limited:
     caption of more than `max_caption` bytes are skipped, and listed with the rest.
     """
 
+    without_effect: ClassVar[tuple[str, ...]] = ("on_change",)  # on which run it is
+
     min_side: int = 16
     max_megapixels: Annotated[float, Field(gt=0)] = 100.0
     max_caption: Annotated[int, Field(ge=1)] = 65536
     blank_captions: Literal["keep", "skip"] = "keep"
     held_out: Share = 0.0
+    on_change: OnChange = "refuse"
+
+    def settled(self, index: Index) -> Index:
+        """The index as the run gets it."""
+        index.on_change = self.on_change
+        return index.hold_out(self.held_out)
 
     @property
     def limits(self) -> Limits:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nai_xl.data.images import SUFFIXES
-from nai_xl.data.skipped import Noted
+from nai_xl.data.skipped import Noted, shown
 
 CLOCK = 2.0  # seconds: the step of FAT's times, the coarsest in use
 AT_ONCE = 1024  # files that a thread looks at
@@ -353,7 +353,7 @@ def _about(kind: str) -> str:
 
 
 def _shown(name: bytes) -> str:
-    return name.decode(errors="backslashreplace")
+    return shown(os.fsdecode(name))
 
 
 def wait_for_clock(found: Listing) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from nai_xl.data.index import Index, are_held_out
+from nai_xl.data.index import Index, OnChange, are_held_out
 from nai_xl.data.rows import Rows, Store
 from nai_xl.data.skipped import SCHEMA, SkippedFiles
 from nai_xl.data.source import Share
@@ -37,12 +37,15 @@ class MixSource:
     """`sources`: a name -> a source. `repeats`: a name -> how often each image of it stands in an epoch, 1 by default.
 
     Of 2.5 times the half is a share of the images, chosen by their content. An image that a source holds out is trained
-    on from no other; `held_out` holds out more, over all of them.
+    on from no other; `held_out` holds out more, over all of them. `on_change` is asked of the mix, and not of a source.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = ("on_change",)  # on which run it is
 
     sources: Annotated[Mapping[str, Any], AfterValidator(_some)]
     repeats: Mapping[str, Annotated[float, Field(ge=0, le=1000)]] = field(default_factory=dict)
     held_out: Share = 0.0
+    on_change: OnChange = "refuse"
 
     def __post_init__(self) -> None:
         for name in self.repeats:
@@ -63,7 +66,8 @@ class MixSource:
             for (name, source), index in zip(self.sources.items(), found, strict=True)
             for remark in index.remarks
         ]
-        return Index(items, self._skipped(found), held_out, [*self._said(found, mixed), *remarks])
+        said = [*self._said(found, mixed), *remarks]
+        return Index(items, self._skipped(found), held_out, said, self.on_change)
 
     def _scanned(self, name: str, source: Any) -> Index:
         try:

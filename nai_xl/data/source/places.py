@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
+import pyarrow as pa
 
 from nai_xl.errors import UserError, one_line
 from nai_xl.redact import redacted
@@ -37,7 +38,7 @@ FOREIGN = (
 def failures(*further: type[Exception]) -> tuple[type[Exception], ...]:
     """What reading a file can raise, wherever it lies."""
     foreign = (getattr(sys.modules.get(module), name, None) for module, name in FOREIGN)
-    return (OSError, ValueError, ImportError, *(kind for kind in foreign if kind), *further)
+    return (OSError, ValueError, ImportError, pa.ArrowException, *(kind for kind in foreign if kind), *further)
 
 
 def is_remote(where: str) -> bool:

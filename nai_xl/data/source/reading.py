@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nai_xl.data.colour import Profile
 from nai_xl.data.images import READER, UNREADABLE, look
 from nai_xl.data.rows import SCHEMA
+from nai_xl.data.skipped import shown
 from nai_xl.data.source.caption_files import NoCaption, Tables, decoded, lines_of, of_json
 from nai_xl.data.source.listing import SUFFIX_OF, Kind, Listing
 from nai_xl.errors import one_line
@@ -159,7 +160,7 @@ def _sidecar(path: bytes, kind: Kind) -> bytes:
 
 
 def _file_name(path: bytes) -> str:
-    return os.path.basename(path).decode(errors="backslashreplace")  # noqa: PTH119
+    return shown(os.fsdecode(os.path.basename(path)))  # noqa: PTH119 - names are bytes
 
 
 def _facts(table: pa.Table, numbers: NDArray[np.int64], columns: Sequence[str]) -> list[dict[str, Any] | None]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from nai_xl.data.images import SUFFIXES, Looked
 from nai_xl.data.index import Index
+from nai_xl.data.skipped import shown
 from nai_xl.data.source import places
 from nai_xl.data.source.caption_files import NoCaption, decoded, lines_of, of_json
 from nai_xl.data.source.gathered import gathered
@@ -45,7 +46,7 @@ class ShardsSource(Limited):
         texts = Texts(self.encoding, self.caption_lines, self.max_caption)
         stamps = places.stamps("data.files", files)
         found = gathered("data.files", ["shards", *texts], files, stamps, partial(read_shard, texts=texts))
-        return found.index(self.limits, places.Ranges(tuple(files))).hold_out(self.held_out)
+        return self.settled(found.index(self.limits, places.Ranges(tuple(files))))
 
 
 class Texts(NamedTuple):
@@ -103,7 +104,7 @@ class _Shard:
         if member.wrong == FOLDER or OF_WEBDATASET.match(name):
             return
         if key is None or not (suffix in SUFFIXES or suffix in TEXTS):
-            self.others[f".{suffix}" if key else "without a name before the dot"] += 1
+            self.others[f".{shown(suffix)}" if key else "without a name before the dot"] += 1
         elif member.wrong or member.length > LARGEST:
             fault = member.wrong or f"{member.length} bytes, more than any image has"
             self.listed.append((name, Fault("unusable member", fault)))
@@ -121,7 +122,7 @@ class _Shard:
             reason = f"caption of {member.length} bytes; data.max_caption is {longest}"
             self.texts[name] = Fault("caption too long", reason)
         else:
-            self.texts[name] = self.how.captions(_content(member, file), suffix, os.fsdecode(name))
+            self.texts[name] = self.how.captions(_content(member, file), suffix, shown(os.fsdecode(name)))
 
     def captions(self, image: bytes) -> list[str] | Fault:
         """Those of a text of the same name, or else of its key's texts if no other image has the key."""
@@ -131,7 +132,7 @@ class _Shard:
         if not own and len(names) == len(texts) + 1:
             own = texts
         if not own:
-            return Fault("no caption", f"no caption {os.fsdecode(_stem(image))}.txt in the shard")
+            return Fault("no caption", f"no caption {shown(os.fsdecode(_stem(image)))}.txt in the shard")
         self.used.update(own)
         return self.texts[min(own, key=lambda name: TEXTS.index(_suffix(name)))]
 

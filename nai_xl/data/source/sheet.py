@@ -20,7 +20,8 @@ SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv")
 
 
 class Row(NamedTuple):
-    """One row of a table. group, place: of a parquet file, the row group and the place in it.
+    """One row of a table. group, place: of a parquet file, the row group and the place in it; group_bytes: how much of
+    the group is read for one image.
 
     wrong: why the row cannot be read.
     """
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     caption: Any = None
     group: int = -1
     place: int = -1
+    group_bytes: int = 0
     wrong: str = ""
 
 
@@ -78,11 +80,16 @@ def _parquet_rows(where: str, which: Columns, images: bool) -> Iterator[Row]:
         wanted = [*which] if images else _without_bytes(file.schema_arrow, which.image)
         number = 0
         for group in range(file.num_row_groups if wanted else 0):
-            place = 0
+            place, large = 0, _bytes(file.metadata.row_group(group), which.image)
             for batch in file.iter_batches(AT_ONCE if images else 1 << 14, [group], wanted):
                 for row in batch.to_pylist():
-                    yield Row(number, row[which.image], row.get(which.caption), group, place)
+                    yield Row(number, row[which.image], row.get(which.caption), group, place, large)
                     number, place = number + 1, place + 1
+
+
+def _bytes(group: Any, image: str) -> int:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == image)
 
 
 def _without_bytes(schema: pa.Schema, image: str) -> list[str]:

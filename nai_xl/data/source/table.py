@@ -6,7 +6,7 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,11 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nai_xl.data.images import Looked
 from nai_xl.data.index import Index
+from nai_xl.data.index_file import mapped
 from nai_xl.data.source import columns, linked, places, sheet
 from nai_xl.data.source.columns import Columns
 from nai_xl.data.source.gathered import gathered
@@ -26,7 +28,13 @@ from nai_xl.data.source.sheet import Row
 from nai_xl.errors import one_line
 
 # of a row with bytes, its row group and place there; of another, where its image lies
-WHERE = (pa.field("group", pa.int32()), pa.field("place", pa.int32()), pa.field("at", pa.string()))
+WHERE = (
+    pa.field("group", pa.int32()),
+    pa.field("place", pa.int32()),
+    pa.field("at", pa.string()),
+    pa.field("_group_bytes", pa.int64()),
+)
+COSTLY = 64 << 20  # bytes of a row group
 KEPT = 256 << 20  # bytes of row groups that a process keeps, beside the one that it has read last
 TOGETHER = 64  # images that are fetched at a time
 
@@ -49,11 +57,23 @@ class TableSource(Limited):
         pairs = zip(files, places.stamps("data.files", files), strict=True)
         stamps = [stamp + _mark(where, which) for where, stamp in pairs]
         found = gathered("data.files", ["table", *which], files, stamps, partial(read_table, which=which))
-        return found.index(self.limits, RowGroups(tuple(files), which.image)).hold_out(self.held_out)
+        index = found.index(self.limits, RowGroups(tuple(files), which.image))
+        index.remarks = [*_costly(mapped(found.file)), *index.remarks]
+        return self.settled(index)
 
     def _columns(self, where: str) -> Columns:
         with places.told("data.files", where):
             return columns.found(sheet.names(where), self.image, self.caption, places.name(where))
+
+
+def _costly(table: pa.Table) -> Iterator[str]:
+    """What reading images out of large row groups costs."""
+    largest = pc.max(table["_group_bytes"]).as_py() or 0
+    if largest > COSTLY:
+        yield (
+            f"to read one image a row group is read, here of up to {largest >> 20} MiB; tables that are written with "
+            "row_group_size=100, or shards (data=shards), are read faster"
+        )
 
 
 def read_table(number: int, where: str, which: Columns) -> pa.Table:
@@ -64,7 +84,7 @@ def read_table(number: int, where: str, which: Columns) -> pa.Table:
         while several := list(islice(rows, TOGETHER)):
             for row, (at, image) in zip(several, pool.map(partial(_image, where), several), strict=True):
                 name = os.fsencode(places.name(at)) if at else home + b"/%d" % row.number
-                lies = {"group": row.group, "place": row.place, "at": at}
+                lies = {"group": row.group, "place": row.place, "at": at, "_group_bytes": row.group_bytes}
                 part.add(name, image, columns.as_captions(row.caption), lies)
     return part.table()
 

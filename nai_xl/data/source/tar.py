@@ -55,10 +55,11 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
 
     Raises Damaged where a header is none, or is cut off; what came before it is sound. Raises OSError.
     """
-    at, said = 0, _Extended()
+    at, said, ended = 0, _Extended(), False
     while at + BLOCK <= size:
         header = _read(file, at, BLOCK)
-        if not any(header):  # an end mark; archives that were strung together go on after it
+        ended = not any(header)
+        if ended:  # an end mark; archives that were strung together go on after it
             at += BLOCK
             continue
         kind, length, content = header[156:157], _number(_checked(header, at)[124:136]), at + BLOCK
@@ -76,6 +77,8 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         at, said = content + _padded(length), _Extended(common=said.common)
     if at < size:
         raise Damaged(f"{size - at} bytes at its end are no part of a tar file")
+    if not ended:
+        raise Damaged("it has no end mark, as if it were cut off")
 
 
 def _wrong(kind: bytes, header: bytes, said: _Extended) -> str:

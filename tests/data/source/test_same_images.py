@@ -38,7 +38,7 @@ def test_index_and_bytes_are_those_of_the_folder(images: Path, sources: dict[str
         for index in (source.scan(), source.scan()):  # made, and found made
             assert content(index) == content(folder) and index.fingerprint() == folder.fingerprint(), name
             assert not index.skipped
-            sent = pickle.loads(pickle.dumps(index.items))  # noqa: S301 - our own
+            sent = pickle.loads(pickle.dumps(index.items))  # noqa: S301 - as it is sent to workers
             for item, again, there in zip(index.items, sent, folder.items, strict=True):
                 assert item.open().read() == again.open().read() == there.path.read_bytes()
 
@@ -68,5 +68,3 @@ def test_losses_are_those_of_the_folder_step_by_step(
     assert run("shards", "data.files='shards/{0..1}.tar'", "run.workers=2") == wanted
     assert run("table", "data.files=table.parquet") == wanted
     assert run("datasets", "data.dir=saved") == wanted
-    halves = [f"+data@data.sources.{n}=shards" for n in "ab"] + ["data.sources.a.files=shards/0.tar"]
-    assert run("mix", *halves, "data.sources.b.files=shards/1.tar") == wanted
