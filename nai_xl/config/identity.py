@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pydantic import ValidationError
 
 from nai_xl.config import legacy
@@ -232,6 +232,19 @@ def unfinished_kin(cfg: DictConfig, home: Path) -> dict[Path, Pace]:
         if noted and noted.kin == kin(cfg) and noted.status != "FINISHED" and (pace := pace_of(path)):
             found[path] = pace
     return found
+
+
+def unfinished_with_cached_text(cfg: DictConfig, home: Path) -> Path | None:
+    """An unfinished run beside `home` that is the same with text=cached, which the recipe for SDXL had before."""
+    if public_name(str(cfg.text._target_)) != "LiveText":
+        return None
+    before = cfg.copy()
+    with read_write(before), open_dict(before):
+        before.text = {"_target_": "nai_xl.model.text.TextEncoding", "chunks": cfg.text.get("chunks", 1)}
+    there = home.with_name(f"{home.name[:-8]}{signature(before)}")
+    path = there if there.exists() else _begun_before(there, tuple(cfg.get("plugins") or ()))
+    noted = _noted(path) if path else None
+    return path if noted and noted.status != "FINISHED" else None
 
 
 # --- what the package's own options leave out of it -------------------------------------------------------------------

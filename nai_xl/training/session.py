@@ -282,7 +282,9 @@ class Session:
             tracker.figure("method", 0, figure)
 
     def _say_kin(self, wide: int) -> None:
-        """That an unfinished run is the same but for its pace: most likely, another number of processes trained it."""
+        """That an unfinished run is the same but for its pace, most likely because another number of processes trained
+        it, or for text=cached.
+        """
         for path, pace in config.unfinished_kin(self.spec.cfg, self.home.path).items():
             accum, rest = divmod(pace.images_per_step, wide)
             how = "" if rest or not accum else f"; run.grad_accum={accum} run.chunk={pace.chunk} continues that one"
@@ -290,6 +292,9 @@ class Session:
                 f"{path} is the same run with {pace.images_per_step} images a step in chunks of {pace.chunk}; this one "
                 f"begins anew with {self.pace.pace.images_per_step} in chunks of {self.pace.pace.chunk}{how}"
             )
+
+        if before := config.unfinished_with_cached_text(self.spec.cfg, self.home.path):
+            self.screen.say(f"{before} is the same run with text=cached, which continues it; this one begins anew")
 
     def _say_finished(self, done: int, steps: int) -> None:
         self.note.seen_finished(done, self.pace.pace.images_per_step)

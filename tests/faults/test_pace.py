@@ -95,3 +95,15 @@ def test_an_unfinished_run_of_another_pace_is_found(tmp_path: Path, monkeypatch:
     assert config.unfinished_kin(cfg, here) == {other: Pace(16, 16)}
     write_arm(other, Arm(signature=other.name[-8:], status="FINISHED", kin=config.kin(cfg)))
     assert config.unfinished_kin(cfg, here) == {}
+
+
+def test_a_run_that_was_begun_with_cached_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = placed(1, monkeypatch, "text.chunks=3")
+    write_arm(before, Arm(signature=before.name[-8:], status="STOPPED"))
+    cfg, here = config.compose(["name=r", "text=live", "text.chunks=3"]), placed(1, monkeypatch, "text=live")
+    assert config.unfinished_with_cached_text(cfg, here) == before
+    assert config.unfinished_with_cached_text(config.compose(["name=r", "text=live"]), here) is None
+    assert config.unfinished_with_cached_text(config.compose(["name=r", "text.chunks=3"]), before) is None
+    write_arm(before, Arm(signature=before.name[-8:], status="FINISHED"))
+    assert config.unfinished_with_cached_text(cfg, here) is None
