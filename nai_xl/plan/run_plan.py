@@ -107,11 +107,14 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     unet = skeleton()
     on_host = build(cfg.ema, parameters={"weight": nn.Parameter(torch.zeros(1))}).on_host
     rehearsal = Rehearsal(unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm)
-    tokens = 77 * build(cfg.text).chunks
+    text = build(cfg.text)
+    tokens = 77 * text.chunks
     precision = autocast(actions, computed)
     keeps = settings.grad_accum > 1 or machines.world > 1
     footprint = rehearsal.run(Micro(settings.batch_size, worst.height, worst.width, tokens, precision, keeps))
     half = computed != "no" or any(action.weights_in is not None for action in actions)
+    if text.in_step and (count := config.member(cfg.model, "text_parameters", tuple(cfg.plugins))):
+        footprint = replace(footprint, text_encoders=count() * (2 if half else 4))
     forward = by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
     shards = build(cfg.distributed).shards
     return RunPlan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host, shards)
