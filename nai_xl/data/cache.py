@@ -117,7 +117,7 @@ class DiskCache:
         with self._reading():
             found = self._state.find(key_bytes(key))
         if found is None:
-            return f"entry {key[:16]} of {self.root}"
+            return f"entry {key[:16]} in {self.root}/"
         return f"{self.root / FOLDER / found.shard.stem}{SEALED}, row {found.row}"
 
     def get(self, key: str) -> dict[str, Tensor] | None:

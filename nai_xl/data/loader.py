@@ -137,8 +137,8 @@ def not_finite(cache: Cache, key: str, of: object) -> str | None:
     if all(tensor.isfinite().all() for tensor in tensors.values()):
         return None
     return (
-        f"The cached entry of {of} is not finite: delete {cache.place(key)} and run the same command again, which "
-        "makes it anew and goes on."
+        f"The cached entry of {of} is not finite ({cache.place(key)}): python -m nai_xl.precompute --verify with the "
+        "same overrides discards it, and the same command then makes it anew and goes on."
     )
 
 

@@ -107,7 +107,7 @@ class Rows(Sequence[Item]):
             return items
         given = list(items)
         if not given:
-            return cls(SCHEMA.empty_table(), given=given)  # making columns of lists imports pandas
+            return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
         columns: list[Any] = [
             [bytes.fromhex(item.content) for item in given],
             [item.size[0] for item in given],
@@ -222,6 +222,11 @@ class Rows(Sequence[Item]):
             keys = list(zip(some.column("content").to_pylist(), some.joined().to_pylist(), strict=True))
             order[tied] = numbers[sorted(range(len(keys)), key=keys.__getitem__)]
         return order
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """Those of each item, of all of them one after the other."""
+        for start in range(0, len(self), AT_ONCE):
+            yield from map(tuple, self[start : start + AT_ONCE].column("captions").to_pylist())
 
     def joined(self) -> pa.ChunkedArray:
         """The captions of each item as one string."""

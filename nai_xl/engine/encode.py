@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nai_xl.data.cache import content_key, key_bytes
+from nai_xl.data.cache import content_key
 from nai_xl.data.images import UNREADABLE, on_canvas, picture, to_pixels
 from nai_xl.data.index import Index
 from nai_xl.data.keys import latent_key, recipe
@@ -79,15 +79,16 @@ class Encoder:
         """The cache keys of every placement of every image; nothing is read or encoded."""
         return Placed(index.items, bucketing, functools.partial(latent_key, made_by=self._latents_made_by))
 
-    def encode_images(self, wanted: Sequence[Placed]) -> dict[Path, str]:
+    def encode_images(self, wanted: Sequence[Placed], beside: Callable[[], int] = int) -> dict[Path, str]:
         """Encode, or draw, what the cache lacks. Returns the images that this rank could not decode, with the reason.
 
-        Raises UserError, before anything is encoded, if there is no room for it.
+        beside: the bytes of what will be encoded later. Raises UserError, before anything is encoded, if there is no
+        room for all of it.
         """
         activity.doing("encoding the images")
         table = PlacementTable.of(wanted)
         keys = table.keys(self._latents_made_by)
-        with self._missing(keys, lambda which: self._latent_bytes(table, which), SMALLER) as missing:
+        with self._missing(keys, lambda which: self._latent_bytes(table, which) + beside(), SMALLER) as missing:
             return self._encode_images(table, keys, missing) if len(missing) else {}
 
     def _encode_images(
@@ -198,9 +199,9 @@ class Encoder:
         Raises UserError, before anything is encoded, if there is no room for it.
         """
         activity.doing("encoding the captions")
-        keys = self._text_keys(["", *wanted], chunks, dtype)
+        keys = self._text_keys(wanted, chunks, dtype)
         texts = list(keys)
-        table = np.frombuffer(b"".join(map(key_bytes, keys.values())), np.uint8).reshape(-1, 16)
+        table = _packed(keys.values())
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
         size = self._text_bytes(chunks, dtype)
         with (
@@ -216,8 +217,7 @@ class Encoder:
                 context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=chunks)
                 if not (context.isfinite().all() and pooled.isfinite().all()):
                     raise UserError(f"the text encoders gave conditions that are not finite for {group[0]!r:.80}")
-                if dtype == "bf16":
-                    context, pooled = context.bfloat16(), pooled.bfloat16()
+                context, pooled = context.to(TYPES[dtype]), pooled.to(TYPES[dtype])
                 rows = [(keys[t], *row) for t, *row in zip(group, context.cpu(), pooled.cpu(), strict=False)]
                 writing.do(self._put_texts, rows)
                 bar.n = ticket * batch + len(group)
@@ -231,21 +231,25 @@ class Encoder:
         for key, context, pooled in rows:
             self.cache.put(key, {"context": context, "pooled": pooled})
 
+    def bytes_of_captions(self, wanted: Iterable[str], chunks: int, dtype: Literal["fp32", "bf16"] = "fp32") -> int:
+        """What encode_captions would add to the cache."""
+        keys = self._text_keys(wanted, chunks, dtype)
+        return int(self.cache.missing(_packed(keys.values())).sum()) * self._text_bytes(chunks, dtype)
+
     def _text_keys(self, texts: Iterable[str], chunks: int, dtype: Stored) -> dict[str, str]:
-        """Each text once."""
+        """Each text once, and the empty one."""
         models = [(fingerprint(e), e.config.hidden_act, e.config.eos_token_id) for e in self.components.text_encoders]
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
-        kind = "text" if dtype == "fp32" else f"text in {dtype}"
-        made_by = content_key(kind, VERSION, models, words, chunks)
-        return {t: content_key(made_by, t)[:32] for t in dict.fromkeys(texts)}
+        made_by = content_key("text", VERSION, models, words, chunks, dtype)
+        return {t: content_key(made_by, t)[:32] for t in dict.fromkeys(["", *texts])}
 
     def _text_bytes(self, chunks: int, dtype: Stored) -> int:
         width = sum(encoder.config.hidden_size for encoder in self.components.text_encoders)
         pooled = self.components.text_encoders[-1].config.projection_dim
-        return TYPES[dtype].itemsize * (77 * chunks * width + pooled)
+        return int(TYPES[dtype].itemsize * (77 * chunks * width + pooled))
 
 
-SMALLER = ", or make less: latents.stored=bf16, fewer bucketing.crops, bucketing.flip=false"
+SMALLER = ", or make less: text=live, latents.stored=bf16, fewer bucketing.crops, bucketing.flip=false"
 SMALLER_TEXTS = ", or make less: text=live, fewer text.chunks"
 
 
@@ -256,6 +260,11 @@ class Job:
     item: Item
     placement: Placement
     key: str
+
+
+def _packed(keys: Iterable[str]) -> NDArray[np.uint8]:
+    """[M,16] bytes of keys of 32 hex characters."""
+    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 16)
 
 
 def _picture(job: Job) -> torch.Tensor | str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -118,9 +118,13 @@ class TextToImage:
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
         refs = encoder.latent_refs(index, bucketing)
-        found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
+        looked_at = self._looked_at(index)
+        found = encoder.encode_images(
+            [refs, replace(refs, rows=Rows.of(looked_at))],
+            beside=lambda: self._bytes_of_texts(index, looked_at, encoder),
+        )
         bad = dict(strategy.gather_objects(list(found.items())))
-        held = [item for item in self._looked_at(index) if item.path not in bad]
+        held = [item for item in looked_at if item.path not in bad]
         index = index.without(bad)
         refuse_empty(index, "data")
         texts = self._encode_texts(index, held, encoder)
@@ -146,10 +150,21 @@ class TextToImage:
             parts, device = self.components, encoder.device
             self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
             return {}
-        drawn = chain.from_iterable(self.captions.texts(item.captions) or () for item in index.items)
+        return encoder.encode_captions(self._texts(index, held), *self._kept)
+
+    def _bytes_of_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> int:
+        return 0 if self.text.in_step else encoder.bytes_of_captions(self._texts(index, held), *self._kept)
+
+    @property
+    def _kept(self) -> tuple[int, Literal["fp32", "bf16"]]:
+        """What encoded texts depend on."""
+        return self.text.chunks, self.text.kept_as(self.computed)
+
+    def _texts(self, index: Index, held: Sequence[Item]) -> Iterator[str]:
+        """All texts that a run may read from the cache, some of them more than once."""
+        drawn = chain.from_iterable(self.captions.texts(several) or () for several in index.items.captions())
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
-        wanted = chain(drawn, shown, (item.caption for item in held))
-        return encoder.encode_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
+        return chain(drawn, shown, (item.caption for item in held))
 
     def samples(self, encoded: Encoded, world: int = 1) -> TextImages:
         """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache.

@@ -197,6 +197,7 @@ def test_too_little_room_is_told_before_anything_is_encoded(
     refs = encoder.latent_refs(index, bucketing)
     with pytest.raises(UserError, match=r"cache\.max_gb=1e-06: .* GB .*cache\.dir=DIR.*latents\.stored=bf16.*crops"):
         encoder.encode_images([refs])
+    assert encoder.bytes_of_captions(["one", "two", "one"], 2) == 3 * 4 * (2 * 77 * 160 + 96)
     with pytest.raises(UserError, match=r"cache\.max_gb=.*text=live"):
         encoder.encode_captions([], text.chunks)
 
