@@ -96,7 +96,12 @@ class Encoded:
     held_out: Sequence[tuple[Item, LatentRef]] = ()  # images that are never trained on, one placement of each
 
     def condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """context [77k,D] and pooled [P] of a text that was encoded beforehand, as they lie in the cache."""
+        """context [77k,D] and pooled [P], float32, of a text that was encoded beforehand."""
+        context, pooled = self.kept(text)
+        return context.float(), pooled.float()
+
+    def kept(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the precision of the cache."""
         tensors = self.read(self.texts[text], f"the text {shortened(text)}")
         return tensors["context"], tensors["pooled"]
 
@@ -199,7 +204,7 @@ class PositionDataset(Dataset[Batch]):
 
     def _condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where captions are few, or often dropped, reading them takes as long as reading the images."""
-        found = self._recent.pop(text, None) or self.encoded.condition(text)
+        found = self._recent.pop(text, None) or self.encoded.kept(text)
         self._recent[text] = found  # the last one again
         if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]

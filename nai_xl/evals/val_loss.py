@@ -106,7 +106,7 @@ class ValLoss:
         bucket = some[0][1].placement.bucket
         schedule = studio.schedule.for_canvas(bucket.height, bucket.width)
         x0 = torch.stack([encoded.latents_of(ref) for _, ref in some]).to(device)
-        pairs = [encoded.condition(item.caption) for item, _ in some]
+        pairs = [studio.condition(item.caption) for item, _ in some]
         context, pooled = (torch.stack(tensors).to(device) for tensors in zip(*pairs, strict=True))
         time_ids = torch.tensor([ref.placement.time_ids(item.size) for item, ref in some], device=device)
         std = encoded.std.to(device)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nai_xl.data.captions import Captions
 from nai_xl.data.loader import shortened
-from nai_xl.data.rows import Item
+from nai_xl.data.rows import Rows
 from nai_xl.distributed import activity
 from nai_xl.model.text import CHUNK, beginning
 
-LOOKED_AT = 10_000  # captions that are tokenised at most, in some seconds
+LOOKED_AT = 10_000  # images whose captions are tokenised at most, in some seconds
 COUNTED = 100 * CHUNK  # tokens at which counting ends
+GROWTH = 4.5  # of a text's bytes: three times when Unicode composes it, half as much again in small letters
 
 
 class TooLong(NamedTuple):
@@ -26,43 +29,59 @@ class TooLong(NamedTuple):
     beyond: str
 
 
-def told(items: Sequence[Item], captions: Captions, tokenizer: Any, chunks: int) -> list[str]:
+def told(rows: Rows, captions: Captions, tokenizer: Any, chunks: int) -> list[str]:
     """A sentence on captions of more than `chunks` pieces of 75 tokens; none where all fit.
 
-    Only what may be too long by its bytes is tokenised, and of more than LOOKED_AT of those as many, evenly spread.
+    Only what may be too long by its bytes is tokenised, and of more than LOOKED_AT images some, evenly spread.
     """
     limit = CHUNK * chunks
-    suspects = [i for i, item in enumerate(items) if may_exceed(captions.whole(item.caption), limit)]
+    suspects = may_exceed(rows, limit, added=_bytes(captions.whole("")))
     some = suspects[:: -(-len(suspects) // LOOKED_AT) or 1]
-    found = []
+    found: list[TooLong] = []
+    count = 0
     activity.doing("measuring the captions")
-    with tqdm(some, desc="measuring captions", disable=len(some) < LOOKED_AT // 10) as bar:
-        for i in bar:
+    with tqdm(some.tolist(), desc="measuring captions", disable=len(some) < LOOKED_AT // 10) as bar:
+        for item in map(rows.__getitem__, bar):
             activity.beat()
-            if too_long := _measured(tokenizer, items[i], captions.whole(items[i].caption), limit):
-                found.append(too_long)
+            count += len(item.captions)
+            texts = map(captions.whole, item.captions)
+            found += [one for text in texts if (one := _measured(tokenizer, item.path.name, text, limit))]
     if not found:
         return []
-    longest, first = max(row.tokens for row in found), found[0]
-    among = f"{len(items):,} captions"
+    longest, first = max(one.tokens for one in found), found[0]
+    among = f"{pc.sum(pc.list_value_length(rows.column('captions'))).as_py():,} captions"
     if len(some) < len(suspects):
-        among = f"{len(some):,} long captions that were looked at, among {among},"
+        among = f"{count:,} long captions that were looked at, among {among},"
     more = "more than " if longest == COUNTED else ""
     return [
-        f"{len(found):,} of {among} have more tokens than the {limit} of text.chunks={chunks} and lose their "
-        f"end; the longest has {more}{longest:,}, which text.chunks={-(-longest // CHUNK)} holds. {first.file} has "
+        f"{len(found):,} of {among} have more tokens than the {limit} of text.chunks={chunks} and lose their end; the "
+        f"longest has {more}{longest:,}, which text.chunks={-(-longest // CHUNK)} holds. {first.file} has "
         f"{first.tokens:,} and loses {shortened(first.beyond)}"
     ]
 
 
-def may_exceed(text: str, tokens: int) -> bool:
-    """Whether a text can have more than so many tokens: each takes a byte at least, once the text is normalised."""
-    if len(text) <= tokens and text.isascii():
-        return False
-    return len(unicodedata.normalize("NFC", text).lower().encode(errors="replace")) > tokens
+def may_exceed(rows: Rows, tokens: int, *, added: int = 0) -> NDArray[np.intp]:
+    """The numbers of items with a caption that can have more than so many tokens: each token takes a byte at least.
+
+    added: bytes that are put before and behind a caption.
+    """
+    marks = [np.zeros(0, np.bool_)]
+    for chunk in rows.table["captions"].chunks:
+        size, letters = (count(chunk.flatten()).to_numpy() for count in (pc.binary_length, pc.utf8_length))
+        long = np.where(size == letters, size, GROWTH * size) + added > tokens
+        mark = np.zeros(len(chunk), np.bool_)
+        mark[pc.list_parent_indices(chunk).to_numpy()[long]] = True
+        marks.append(mark)
+    marked = np.concatenate(marks)
+    return np.flatnonzero(marked if rows.picked is None else marked[rows.picked])
 
 
-def _measured(tokenizer: Any, item: Item, text: str, limit: int) -> TooLong | None:
+def _bytes(text: str) -> int:
+    """Of a text as tokenizers normalise it."""
+    return len(unicodedata.normalize("NFC", text).lower().encode(errors="replace"))
+
+
+def _measured(tokenizer: Any, file: str, text: str, limit: int) -> TooLong | None:
     text = beginning(text, COUNTED)
     told = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
@@ -70,4 +89,4 @@ def _measured(tokenizer: Any, item: Item, text: str, limit: int) -> TooLong | No
     count = min(len(told.input_ids), COUNTED)
     if count <= limit:
         return None
-    return TooLong(item.path.name, count, text[told.offset_mapping[limit][0] :].strip())
+    return TooLong(file, count, text[told.offset_mapping[limit][0] :].strip())

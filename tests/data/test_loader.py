@@ -16,7 +16,7 @@ from torch import Tensor
 from nai_xl.data import loader
 from nai_xl.data.bucketing import Canvases
 from nai_xl.data.cache import MemoryCache
-from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.captions import Captions, PlainCaptions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches
@@ -150,7 +150,7 @@ def test_micro_batch_size_changes_no_sample() -> None:
         assert all(torch.equal(a, getattr(b, field.name)) for a, b in zip(parts, large, strict=True)), field.name
 
 
-def one_by_one(data: Encoded, captions: PlainCaptions, noise: TrainingNoise, strata: int | None, at: int) -> Batch:
+def one_by_one(data: Encoded, captions: Captions, noise: TrainingNoise, strata: int | None, at: int) -> Batch:
     """Position `at` of seed 1, image at % 5 * 2, by the definitions of every field."""
     draw, number = draws(1, at), at % 5 * 2
     item, refs = data.index.items[number], data.latents[number]
