@@ -33,10 +33,14 @@ def numbers_of(place: Placement) -> tuple[int, ...]:
 
 def latent_keys(contents: NDArray[np.uint8], places: NDArray[Any], made_by: bytes) -> NDArray[np.uint8]:
     """contents [N,32], places [N,7] as `numbers_of` gives them, made_by a recipe -> keys [N,16] uint8."""
-    lanes = [_lane(int.from_bytes(made_by[half : half + 8], "big"), places) for half in (0, 8)]
-    mask = np.stack(lanes, axis=1).astype(">u8").view(np.uint8)
-    keys: NDArray[np.uint8] = contents[:, :KEY] ^ mask
+    keys: NDArray[np.uint8] = contents[:, :KEY] ^ masks_of(places, made_by)
     return keys
+
+
+def masks_of(places: NDArray[Any], made_by: bytes) -> NDArray[np.uint8]:
+    """[N,16] by which the keys of images that are placed like this differ from their contents: mask_of, at once."""
+    lanes = [_lane(int.from_bytes(made_by[half : half + 8], "big"), places) for half in (0, 8)]
+    return np.stack(lanes, axis=1).astype(">u8").view(np.uint8)
 
 
 def _lane(seed: int, places: NDArray[Any]) -> NDArray[np.uint64]:

@@ -2,74 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nai_xl.data.keys import latent_keys, numbers_of
+from nai_xl.data.bucketing import BLOCK
+from nai_xl.data.keys import KEY, masks_of
 from nai_xl.data.loader import Placed
 from nai_xl.data.rows import Item, Rows
-from nai_xl.interfaces import Placement
+from nai_xl.interfaces import Placement, Places
+
+
+class Block(NamedTuple):
+    """Images at most BLOCK at a time. sizes are those that occur, of [N] tells which an image has."""
+
+    rows: Rows
+    of: NDArray[np.intp]
+    places: Places  # of the sizes
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[N] placements of each image."""
+        return self.places.counts[self.of]
+
+    def keys(self, made_by: bytes) -> NDArray[np.uint8]:
+        """[M,16]: image after image."""
+        counts, masks = self.counts, masks_of(self.places.rows, made_by)
+        contents = self.rows.contents[:, :KEY]
+        if (counts == 1).all():
+            return contents ^ masks[self.of]
+        owner = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+        first = np.cumsum(self.places.counts) - self.places.counts
+        return contents[owner] ^ masks[first[self.of][owner] + within]
 
 
 @dataclass(frozen=True)
 class PlacementTable:
-    """owner: [M] number of the image, counted through `rows`. place: [M] which of `every` placement it has.
+    """One row for each placement, image after image. ends: [N] where the rows of each image end.
 
-    places: [P,7] every placement as numbers (keys.numbers_of).
+    canvas: [N] which of `canvases` [K,2], width and height in pixels, is an image's.
     """
 
-    rows: Sequence[Rows]
-    owner: NDArray[np.int32]
-    place: NDArray[np.int32]
-    every: Sequence[Placement]
-    places: NDArray[np.int32]
+    parts: Sequence[Placed]
+    ends: NDArray[np.int64]
+    canvas: NDArray[np.int32]
+    canvases: NDArray[np.int32]
 
     @classmethod
     def of(cls, wanted: Sequence[Placed]) -> PlacementTable:
-        """Image after image. Images of one size are placed alike."""
-        every: list[Placement] = []
-        owners, places, before = [], [], 0
-        for placed in wanted:
-            sizes, kinds = np.unique(placed.rows.sizes, axis=0, return_inverse=True)
-            rows = [placed.bucketing.placements(width, height) for width, height in sizes.tolist()]
-            first = len(every) + np.cumsum([0, *map(len, rows)])
-            counts = np.diff(first)[kinds.reshape(-1)]
-            owner = np.repeat(np.arange(len(counts)), counts)
-            within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-            places.append((first[kinds.reshape(-1)][owner] + within).astype(np.int32))
-            owners.append((owner + before).astype(np.int32))
-            every += [place for row in rows for place in row]
-            before += len(counts)
-        numbers = np.array([numbers_of(place) for place in every], np.int32).reshape(-1, 7)
-        none = np.zeros(0, np.int32)
-        table = [part.rows for part in wanted]
-        return cls(table, np.concatenate([none, *owners]), np.concatenate([none, *places]), every, numbers)
+        counts = [np.zeros(0, np.int64), *(block.counts for part in wanted for block in _blocks(part))]
+        numbers, canvases = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
+        for part in wanted:
+            numbers.append(part.assigned.of + np.int32(sum(map(len, canvases))))
+            canvases.append(np.array(part.assigned.buckets, np.int32).reshape(-1, 2))
+        return cls(wanted, np.cumsum(np.concatenate(counts)), np.concatenate(numbers), np.concatenate(canvases))
 
     def __len__(self) -> int:
-        return len(self.owner)
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def keys(self, made_by: bytes) -> NDArray[np.uint8]:
         """[M,16]; made_by: what all latents have in common (keys.recipe)."""
-        contents = np.concatenate([np.zeros((0, 32), np.uint8), *(rows.contents for rows in self.rows)])
-        return latent_keys(contents[self.owner], self.places[self.place], made_by)
+        keys, done = np.empty((len(self), KEY), np.uint8), 0
+        for block in (block for part in self.parts for block in _blocks(part)):
+            some = block.keys(made_by)
+            keys[done : done + len(some)] = some
+            done += len(some)
+        return keys
+
+    def _owners(self, which: NDArray[np.int64]) -> NDArray[np.intp]:
+        return self.ends.searchsorted(which, side="right")
 
     def job(self, row: int) -> tuple[Item, Placement]:
         """The image and the placement of one row."""
-        number = int(self.owner[row])
-        for rows in self.rows:
-            if number < len(rows):
-                return rows[number], self.every[self.place[row]]
-            number -= len(rows)
+        owner = number = int(self.ends.searchsorted(row, side="right"))
+        for part in self.parts:
+            if number < len(part):
+                places = part.bucketing.placements(*part.rows.size(number))
+                return part.rows[number], places[row - int(self.ends[owner])]
+            number -= len(part)
         raise IndexError(row)
 
-    def pixels(self) -> NDArray[np.int64]:
-        """[M] of the canvas of each."""
-        return (self.places[:, 0].astype(np.int64) * self.places[:, 1])[self.place]
+    def sides(self, which: NDArray[np.int64]) -> NDArray[np.int32]:
+        """[n,2] width and height in pixels of the canvases of rows `which`."""
+        return self.canvases[self.canvas[self._owners(which)]]
 
     def by_bucket(self, which: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows `which` of the table ordered by their canvas, and in one canvas as they were."""
-        width, height = self.places[self.place[which], :2].T
+        width, height = self.sides(which).T
         return which[np.lexsort((height, width))]
+
+
+def _blocks(placed: Placed) -> Iterator[Block]:
+    for start in range(0, len(placed), BLOCK):
+        rows = placed.rows[start : start + BLOCK]
+        sizes, of = np.unique(np.ascontiguousarray(rows.sizes).view(np.int64)[:, 0], return_inverse=True)
+        yield Block(rows, of, placed.bucketing.places(sizes.view(np.int32).reshape(-1, 2)))

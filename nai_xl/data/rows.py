@@ -108,7 +108,7 @@ class Rows(Sequence[Item]):
             return items
         given = list(items)
         if not given:
-            return cls(SCHEMA.empty_table(), given=given)  # making columns of lists imports pandas
+            return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
         columns: list[Any] = [
             [bytes.fromhex(item.content) for item in given],
             [item.size[0] for item in given],
@@ -221,6 +221,11 @@ class Rows(Sequence[Item]):
     def order(self) -> NDArray[np.int64]:
         """The items' numbers by content and then by captions, as every source has them."""
         return ordered(pa.table({name: self.column(name) for name in ("content", "captions")}))
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """Those of each item, of all of them one after the other."""
+        for start in range(0, len(self), AT_ONCE):
+            yield from map(tuple, self[start : start + AT_ONCE].column("captions").to_pylist())
 
     def joined(self) -> pa.ChunkedArray:
         """The captions of each item as one string."""

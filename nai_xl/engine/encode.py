@@ -143,7 +143,7 @@ class Encoder:
             self.cache.put(job.key, {"latents": stored})
 
     def _latent_bytes(self, table: PlacementTable, which: NDArray[np.int64]) -> int:
-        values = self.components.vae.config.latent_channels * table.pixels()[which] // 64
+        values = self.components.vae.config.latent_channels * table.sides(which).astype(np.int64).prod(axis=1) // 64
         return int(values.sum()) * TYPES[self.stored].itemsize
 
     @contextmanager
@@ -282,7 +282,7 @@ class Batches(Sequence[NDArray[np.int64]]):
 
     def __init__(self, table: PlacementTable, rows: NDArray[np.int64]):
         self.rows = rows
-        sides = table.places[table.place[rows], :2]
+        sides = table.sides(rows)
         begins = np.flatnonzero(np.r_[True, (sides[1:] != sides[:-1]).any(axis=1)])
         self.sizes = [Bucket(*map(int, sides[at])).at_once(PIXELS, most=TOGETHER) for at in begins]
         self.begins = np.r_[begins, len(rows)]

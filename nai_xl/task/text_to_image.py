@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -152,18 +152,19 @@ class TextToImage:
             parts, device = self.components, encoder.device
             self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
             return {}
-        return encoder.encode_captions(self._texts(index, held), self.text.chunks, self.text.kept_as(self.computed))
+        return encoder.encode_captions(self._texts(index, held), *self._kept)
 
     def _bytes_of_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> int:
-        """What the cache will have to take of texts."""
-        if self.text.in_step:
-            return 0
-        wanted = self._texts(index, held)
-        return encoder.bytes_of_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
+        return 0 if self.text.in_step else encoder.bytes_of_captions(self._texts(index, held), *self._kept)
+
+    @property
+    def _kept(self) -> tuple[int, Literal["fp32", "bf16"]]:
+        """What encoded texts depend on."""
+        return self.text.chunks, self.text.kept_as(self.computed)
 
     def _texts(self, index: Index, held: Sequence[Item]) -> Iterator[str]:
-        """All texts that a run may read, some of them more than once."""
-        drawn = chain.from_iterable(self.captions.texts(item.captions) or () for item in index.items)
+        """All texts that a run may read from the cache, some of them more than once."""
+        drawn = chain.from_iterable(self.captions.texts(several) or () for several in index.items.captions())
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
         return chain(drawn, shown, (item.caption for item in held))
 

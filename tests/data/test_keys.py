@@ -70,5 +70,5 @@ def test_the_table_has_every_placement_of_every_image_with_its_key() -> None:
     assert [table.job(row) for row in range(len(table))] == [(item, ref.placement) for item, ref in expected]
     keys = table.keys(b"x" * 16)
     assert [key.tobytes().hex() for key in keys] == [ref.key for _, ref in expected]
-    assert table.pixels().tolist() == [128 * 128] * len(table)
+    assert table.sides(np.arange(len(table))).tolist() == [[128, 128]] * len(table)
     assert len(PlacementTable.of([]).keys(b"x" * 16)) == 0

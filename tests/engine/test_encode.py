@@ -289,4 +289,5 @@ def test_batches_share_a_canvas_and_hold_every_row_once(index: Index, parts: Any
     assert sorted(row for batch in rows for row in batch) == some.tolist()
     assert [batches.before(ticket) for ticket in range(len(batches))] == np.cumsum([0, *map(len, rows)])[:-1].tolist()
     for batch in rows:
-        assert len({table.every[table.place[row]].bucket for row in batch}) == 1
+        assert len({table.job(row)[1].bucket for row in batch}) == 1
+        assert table.sides(np.array(batch)).tolist() == [[*table.job(row)[1].bucket] for row in batch]
