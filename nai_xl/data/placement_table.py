@@ -70,6 +70,7 @@ class PlacementTable:
         return (self.places[:, 0].astype(np.int64) * self.places[:, 1])[self.place]
 
     def by_bucket(self, which: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows `which` of the table ordered by their canvas, and in one canvas as they were."""
+        """Rows `which` of the table ordered by their canvas, and in one canvas by where the images lie."""
         width, height = self.places[self.place[which], :2].T
-        return which[np.lexsort((height, width))]
+        lies = np.concatenate([np.zeros(0, np.int64), *(rows.lies for rows in self.rows)])
+        return which[np.lexsort((lies[self.owner[which]], height, width))]
