@@ -95,7 +95,8 @@ class Encoder:
         self, table: PlacementTable, keys: NDArray[np.uint8], missing: NDArray[np.int64]
     ) -> dict[Path, str]:
         bad: dict[Path, str] = {}
-        batches = Batches(table, table.by_bucket(missing[_first_of_each(keys[missing])]))
+        missing = missing[_first_of_each(keys[missing])]
+        batches = Batches(table, table.by_bucket(missing))
         vae = self.components.vae.to(self.device)
         with (
             ThreadPoolExecutor(readers()) as reading,
