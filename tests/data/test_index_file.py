@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nai_xl.data import index_file
 from nai_xl.data.index import Index
-from nai_xl.data.rows import SCHEMA, Item, Rows
+from nai_xl.data.rows import BETWEEN, SCHEMA, Item, Rows
 
 Image = tuple[bytes | None, list[str]]
 
@@ -52,8 +52,8 @@ def test_rows_lie_by_content_and_captions_and_unusable_ones_come_last(
         index_file.write(path, [table(part) for part in parts], {"why": "a test"})
     usable = [image for part in parts for image in part if image[0] is not None]
     rows = Rows.mapped(path)
-    found = [(item.content, item.captions) for item in rows]
-    assert found == sorted((digest.hex(), tuple(texts)) for digest, texts in usable if digest)
+    found = [(item.content, BETWEEN.join(item.captions)) for item in rows]
+    assert found == sorted((digest.hex(), BETWEEN.join(texts)) for digest, texts in usable if digest)
     assert index_file.is_whole(path) and len(index_file.mapped(path)) == sum(map(len, parts))
     assert index_file.mapped(path).schema.metadata[b"why"] == b"a test"
     assert pickle.loads(pickle.dumps(rows)) == rows  # noqa: S301
