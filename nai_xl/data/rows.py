@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nai_xl.interfaces import Bucket
 
 DIGEST = 32  # bytes of SHA-256
+AT_ONCE = 1 << 14  # rows whose captions are read at a time
 SCHEMA = pa.schema(
     [
         pa.field("content", pa.binary(DIGEST)),
@@ -163,6 +164,13 @@ class Rows(Sequence[Item]):
         """A column of these items, in their order."""
         whole = self.table[name]
         return whole if self.picked is None else whole.take(pa.array(self.picked))
+
+    @property
+    def captions(self) -> Iterator[list[str]]:
+        """Those of each image, read some thousands at a time."""
+        for start in range(0, len(self), AT_ONCE):
+            some = self.take(np.arange(start, min(start + AT_ONCE, len(self))))
+            yield from some.column("captions").to_pylist()
 
     @property
     def sizes(self) -> NDArray[np.int32]:

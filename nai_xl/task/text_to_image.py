@@ -142,7 +142,7 @@ class TextToImage:
             parts, device = self.components, encoder.device
             self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
             return {}
-        drawn = chain.from_iterable(self.captions.texts(item.captions) or () for item in index.items)
+        drawn = chain.from_iterable(self.captions.texts(several) or () for several in index.items.captions)
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
         wanted = chain(drawn, shown, (item.caption for item in held))
         return encoder.encode_captions(wanted, self.text.chunks, self.text.kept_as(self.computed))
