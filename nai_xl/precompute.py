@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.data.audit import Audit
+from nai_xl.data.skipped import shown
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.console import Screen
 from nai_xl.engine.stop import Stop
@@ -24,6 +25,7 @@ from nai_xl.task.task import TrainingData
 from nai_xl.training.processes import heartbeat
 
 VERIFY = "--verify"
+SHOWN = 20  # skipped images
 
 
 def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
@@ -38,8 +40,11 @@ def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
     screen = Screen(silent=not strategy.first)
     screen.say(*(f"environment: {line}" for line in environment))
     screen.say(f"cached: {data.counted()}")
-    for skip in data.index.skipped:
-        screen.say(f"skipped: {skip.path}: {skip.reason}")
+    screen.say(*data.index.remarks)
+    for skip in data.index.skipped.of_images()[:SHOWN]:
+        screen.say(f"skipped: {shown(str(skip.path))}: {skip.reason}")
+    if (more := len(data.index.skipped.of_images()) - SHOWN) > 0:
+        screen.say(f"skipped: {more} more images; python -m nai_xl.train lists them in skipped.csv")
 
 
 def verify(cfg: DictConfig, choices: dict[str, str]) -> None:

@@ -50,6 +50,7 @@ __all__ = [
     "stored_config",
     "typed_plugins",
     "unfinished_kin",
+    "unfinished_with_cached_text",
     "upgraded",
     "upgraded_choices",
 ]

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nai_xl.data.rows import BETWEEN, digests
+from nai_xl.data.rows import ordered
 from nai_xl.files import write_atomically
 
 TOGETHER = 1 << 20  # rows that are sorted and written at a time, the most that lie in one piece
@@ -29,29 +29,6 @@ STALE = 7 * 86400.0  # seconds after which the parts of a scan that nobody has f
 POLL = 0.2  # seconds
 
 Make = Callable[[], pa.Table]
-
-
-def ordered(table: pa.Table) -> NDArray[np.int64]:
-    """The numbers of the rows, by content and then by captions; those without a content come last."""
-    absent = table["content"].is_null().to_numpy()
-    first = np.ascontiguousarray(digests(table["content"])[:, :8]).view(">u8")[:, 0].astype(np.uint64)
-    first[absent] = np.iinfo(np.uint64).max
-    order = np.lexsort((first, absent)) if absent.any() else np.argsort(first, kind="stable")
-    return _settled(table, order, first)
-
-
-def _settled(table: pa.Table, order: NDArray[np.int64], first: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """`order` by the first bytes of the content, with those put right that have the same ones."""
-    same = first[order[1:]] == first[order[:-1]]
-    if not same.any():
-        return order
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
-    for start, stop in zip(edges[0::2], edges[1::2] + 1, strict=True):
-        numbers = order[start:stop]
-        rows = table.select(["content", "captions"]).take(pa.array(numbers)).to_pylist()
-        keys = [(row["content"] is None, row["content"] or b"", BETWEEN.join(row["captions"] or ())) for row in rows]
-        order[start:stop] = numbers[sorted(range(len(keys)), key=keys.__getitem__)]
-    return order
 
 
 def write(path: Path, tables: Sequence[pa.Table], notes: Mapping[str, str] | None = None) -> None:
@@ -70,8 +47,37 @@ def write(path: Path, tables: Sequence[pa.Table], notes: Mapping[str, str] | Non
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for piece in _pieces(whole, place):
                 writer.write_batch(piece)
+        total = _sum(aside)
+        write_atomically(path.with_suffix(".sum"), lambda note: note.write_text(total))
 
-    write_atomically(path, save, durable=False)
+    write_atomically(path, save)
+
+
+def _sum(path: Path) -> str:
+    """Tells a file from one with any flipped bit or block of zeros, as fast as it can be read."""
+    length, total = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            length += len(block)
+            total += int(np.frombuffer(block.ljust(-(-len(block) // 8) * 8, b"\0"), np.uint64).sum(dtype=np.uint64))
+    return f"{length} {total % 2**64:016x}"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an index file is there, and as it was written."""
+    try:
+        return path.with_suffix(".sum").read_text() == _sum(path)
+    except OSError:
+        return False
+
+
+def newest(folder: Path) -> Path | None:
+    """The index file that was written last in `folder` and is whole."""
+    with suppress(OSError):
+        for path in sorted(folder.glob("*.arrow"), key=lambda path: -path.stat().st_mtime):
+            if is_whole(path):
+                return path
+    return None
 
 
 def _pieces(whole: pa.Table, place: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
@@ -95,6 +101,7 @@ def built(
     *,
     notes: Mapping[str, str] | None = None,
     what: str = "reading the images",
+    unit: str = "images",
     sizes: Sequence[int] | None = None,
 ) -> Path:
     """`file`, made where it is not there yet, together with every other process that wants it.
@@ -103,15 +110,15 @@ def built(
     tell as much, -> what makes it; sizes: how many images each has, for the progress bar. kept: tables whose rows are
     taken over as they are. Older files of the same folder are removed. Raises OSError.
     """
-    if file.exists():
+    if is_whole(file):
         return file
     folder = file.parent / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: folder / f"{name}.arrow" for name in parts}
-    with _bar(what, sizes or [1] * len(parts)) as bar:
+    with _bar(what, unit, sizes or [1] * len(parts)) as bar:
         _make_all(parts, made, bar, sizes or [1] * len(parts), enough=file)
     with FileLock(str(file.parent / ".joining.lock")):
-        if not file.exists():
+        if not is_whole(file):
             write(file, [*kept(), *(mapped(path) for path in made.values())], notes)
             _tidy(file, made.values())
     return file
@@ -120,9 +127,10 @@ def built(
 def _make_all(
     parts: Mapping[str, Make], made: Mapping[str, Path], bar: tqdm[Any], sizes: Sequence[int], *, enough: Path
 ) -> None:
-    """Return when every part is there, or the whole is `enough`."""
+    """Return when every part is there, or the whole, `enough`, is."""
     left = dict(zip(parts, sizes, strict=True))
-    while left and not enough.exists():
+    damaged = enough.exists()  # and not whole
+    while left and (damaged or not enough.exists()):
         before = len(left)
         for name in list(left):
             if made[name].exists() or _claimed(parts[name], made[name]):
@@ -141,7 +149,7 @@ def _claimed(make: Make, path: Path) -> bool:
     try:
         if not path.exists():
             table = make()
-            write_atomically(path, lambda aside: _save(aside, table), durable=False)
+            write_atomically(path, lambda aside: _save(aside, table))
         return True
     finally:
         lock.release()
@@ -161,11 +169,13 @@ def _tidy(file: Path, made: Iterable[Path]) -> None:
         for path in (file.parent / "parts").iterdir():
             if path.stat().st_mtime < time.time() - STALE:
                 path.unlink(missing_ok=True)
-        newest = sorted(file.parent.glob("*.arrow"), key=lambda path: path.stat().st_mtime)
-        for path in newest[:-KEPT]:
-            path.unlink(missing_ok=True)
+        by_age = sorted(file.parent.glob("*.arrow"), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-KEPT]:
+            for path in file.parent.glob(f"{old.stem}.*"):
+                path.unlink(missing_ok=True)
 
 
-def _bar(what: str, sizes: Sequence[int]) -> tqdm[Any]:
+def _bar(what: str, unit: str, sizes: Sequence[int]) -> tqdm[Any]:
     """A progress bar on the first of the processes that a launcher has started; none where all is there."""
-    return tqdm(total=sum(sizes), desc=what, unit=" images", disable=not sizes or os.environ.get("RANK", "0") != "0")
+    silent = not sizes or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=sum(sizes), desc=what, unit=f" {unit}", delay=1, disable=silent)

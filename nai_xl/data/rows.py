@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, overload
@@ -99,6 +99,7 @@ class Rows(Sequence[Item]):
     given: Sequence[Item] | None = None
     picked: NDArray[np.uint32] | None = None
     file: Path | None = None
+    root: Path = Path()
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Rows:
@@ -119,7 +120,7 @@ class Rows(Sequence[Item]):
         return cls(pa.table(arrays, schema=SCHEMA), given=given)
 
     @classmethod
-    def mapped(cls, file: Path, store: Store | None = None) -> Rows:
+    def mapped(cls, file: Path, store: Store | None = None, root: Path = Path()) -> Rows:
         """The usable images of an index file (nai_xl.data.index_file). Columns whose name begins with _ are left out:
         they are the source's notes for its next scan.
 
@@ -129,13 +130,13 @@ class Rows(Sequence[Item]):
             whole = pa.ipc.open_file(source).read_all()
         usable = (whole.schema.metadata or {}).get(b"usable")
         table = whole.select([name for name in whole.column_names if not name.startswith("_")])
-        return cls(table if usable is None else table.slice(0, int(usable)), store, file=file)
+        return cls(table if usable is None else table.slice(0, int(usable)), store, file=file, root=root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A mapped file is mapped again in the process that this is sent to."""
         if self.file is None:
-            return Rows, (self.table, self.store, self.given, self.picked)
-        return _mapped_again, (self.file, self.store, self.picked)
+            return Rows, (self.table, self.store, self.given, self.picked, None, self.root)
+        return _mapped_again, (self.file, self.store, self.root, self.picked)
 
     def __len__(self) -> int:
         return len(self.table) if self.picked is None else len(self.picked)
@@ -179,14 +180,21 @@ class Rows(Sequence[Item]):
             return self.given[place]
         row = {name: column[place].as_py() for name, column in self._columns.items()}
         first, *others = row["captions"]
-        path, content = Path(os.fsdecode(row["path"])), row["content"].hex()
-        return Item(path, first, (row["width"], row["height"]), content, None, tuple(others), self.store, row)
+        path, content, size = self.root / os.fsdecode(row["path"]), row["content"].hex(), (row["width"], row["height"])
+        return Item(path, first, size, content, None, tuple(others), self.store, row)
 
     def take(self, numbers: NDArray[Any]) -> Rows:
         """The items with these numbers, in this order. No column is copied."""
         numbers = numbers.astype(np.uint32)
         picked = numbers if self.picked is None else self.picked[numbers]
-        return Rows(self.table, self.store, self.given, picked, self.file)
+        return replace(self, picked=picked)
+
+    def are_at(self, paths: Iterable[Path]) -> NDArray[np.bool_]:
+        """[N]: whether an item's path is one of these."""
+        root = os.fsencode(self.root / "_")[:-1]  # with its slash; nothing where there is no root
+        within = [name.removeprefix(root) for name in map(os.fsencode, paths) if name.startswith(root)]
+        found: NDArray[np.bool_] = pc.is_in(self.column("path"), pa.array(within, pa.binary())).to_numpy()
+        return found
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of these items, in their order."""
@@ -212,16 +220,7 @@ class Rows(Sequence[Item]):
 
     def order(self) -> NDArray[np.int64]:
         """The items' numbers by content and then by captions, as every source has them."""
-        first = np.ascontiguousarray(self.contents[:, :8]).view(">u8")[:, 0].astype(np.uint64)
-        order = np.argsort(first, kind="stable")
-        same = first[order[1:]] == first[order[:-1]]
-        tied = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
-        if len(tied):  # copies of a file: the few that need more than the first bytes of their content
-            numbers = order[tied]
-            some = self.take(numbers)
-            keys = list(zip(some.column("content").to_pylist(), some.joined().to_pylist(), strict=True))
-            order[tied] = numbers[sorted(range(len(keys)), key=keys.__getitem__)]
-        return order
+        return ordered(pa.table({name: self.column(name) for name in ("content", "captions")}))
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """Those of each item, of all of them one after the other."""
@@ -233,8 +232,8 @@ class Rows(Sequence[Item]):
         return pc.binary_join(self.column("captions"), BETWEEN)
 
 
-def _mapped_again(file: Path, store: Store | None, picked: NDArray[np.uint32] | None) -> Rows:
-    rows = Rows.mapped(file, store)
+def _mapped_again(file: Path, store: Store | None, root: Path, picked: NDArray[np.uint32] | None) -> Rows:
+    rows = Rows.mapped(file, store, root)
     return rows if picked is None else rows.take(picked)
 
 
@@ -257,3 +256,19 @@ def digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     if not parts:
         return np.zeros((0, DIGEST), np.uint8)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def ordered(table: pa.Table) -> NDArray[np.int64]:
+    """The numbers of the rows, by content and then by captions; those without a content come last."""
+    absent = table["content"].is_null().to_numpy()
+    first = np.ascontiguousarray(digests(table["content"])[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+    first[absent] = np.iinfo(np.uint64).max
+    order = np.lexsort((first, absent)) if absent.any() else np.argsort(first, kind="stable")
+    same = first[order[1:]] == first[order[:-1]]
+    tied = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
+    if len(tied):  # copies of a file: the few that need more than the first bytes of their content
+        numbers = order[tied]
+        rows = table.select(["content", "captions"]).take(pa.array(numbers)).to_pylist()
+        keys = [(row["content"] is None, row["content"] or b"", BETWEEN.join(row["captions"] or ())) for row in rows]
+        order[tied] = numbers[sorted(range(len(keys)), key=keys.__getitem__)]
+    return order

@@ -16,7 +16,7 @@ from nai_xl.data.rows import Rows
 from nai_xl.distributed import activity
 from nai_xl.model.text import CHUNK, beginning
 
-LOOKED_AT = 10_000  # images whose captions are tokenised at most, in some seconds
+LOOKED_AT = 5_000  # images whose captions are tokenised at most, in a second or two
 COUNTED = 100 * CHUNK  # tokens at which counting ends
 GROWTH = 4.5  # of a text's bytes: three times when Unicode composes it, half as much again in small letters
 
@@ -49,7 +49,8 @@ def told(rows: Rows, captions: Captions, tokenizer: Any, chunks: int) -> list[st
     if not found:
         return []
     longest, first = max(one.tokens for one in found), found[0]
-    among = f"{pc.sum(pc.list_value_length(rows.column('captions'))).as_py():,} captions"
+    lengths = pc.list_value_length(rows.table["captions"]).to_numpy()
+    among = f"{(lengths if rows.picked is None else lengths[rows.picked]).sum():,} captions"
     if len(some) < len(suspects):
         among = f"{count:,} long captions that were looked at, among {among},"
     more = "more than " if longest == COUNTED else ""

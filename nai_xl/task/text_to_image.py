@@ -22,6 +22,8 @@ from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, ba
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.report import Report, report, unseen
 from nai_xl.data.rows import Item, Rows
+from nai_xl.data.sample_weights import TagRow, by_tag, write_tags
+from nai_xl.data.sample_weights import in_words as weights_in_words
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -114,7 +116,7 @@ class TextToImage:
 
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
-        stored: Stored = self.latents.stored or ("bf16" if self.precision.autocast == "bf16" else "fp32")
+        stored: Stored = self.latents.stored or ("bf16" if self.computed is torch.bfloat16 else "fp32")
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
         refs = encoder.latent_refs(index, bucketing)
@@ -338,6 +340,14 @@ class TextImages:
         buckets = by_bucket(self.encoded.latents.assigned.of)
         return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
 
+    @property
+    def _weighted(self) -> bool:
+        return bool((self.encoded.weights != self.encoded.weights[:1]).any())
+
+    @cached_property
+    def _tags(self) -> list[TagRow]:
+        return by_tag(self.index, self.encoded.weights)
+
     @cached_property
     def _report(self) -> Report:
         return report(self.encoded.latents.bucketing, self.index.items.sizes)
@@ -361,6 +371,7 @@ class TextImages:
             "images": images,
             **self._report.rows(),
             **dict(missed),
+            **({"sample weights": weights_in_words(encoded.weights, self._tags)} if self._weighted else {}),
             "raw latents": in_words((encoded.mean, encoded.std)),
         }
 
@@ -372,7 +383,9 @@ class TextImages:
         return f"{self.encoded.latents.total} latents of {len(self.index.items)} images, {texts}"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
+        if self._weighted:
+            write_tags(self._tags, run.tag_weights)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))

@@ -210,5 +210,5 @@ class Pictures:
         return "nothing, this task reads the pictures themselves"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))

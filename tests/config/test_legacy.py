@@ -117,6 +117,16 @@ def test_a_run_with_the_defaults_of_an_earlier_version_is_named(outputs: Path) -
     assert former(HALF) is None and former("run.seed=1") is None and former("bucketing=square") is None
 
 
+@pytest.mark.parametrize("begun", [["text.chunks=3"], ["text.chunks=3", HALF]], ids=["text", "text and buckets"])
+def test_a_run_that_was_begun_with_cached_text_is_named(begun: list[str], outputs: Path) -> None:
+    (outputs / place(outputs, *begun).name).mkdir()
+    (point,) = config.combinations([f"output_dir={outputs}", "text=live", "text.chunks=3"])
+    words = "text=cached" if len(begun) == 1 else f"{HALF} text=cached"
+    assert config.begun_with_former(point[2], point[1]) == (place(outputs, *begun), words)
+    (other,) = config.combinations([f"output_dir={outputs}", "text=live", "text.chunks=2"])
+    assert config.begun_with_former(other[2], other[1]) is None
+
+
 def test_a_stored_config_of_0_1_has_the_buckets_that_it_was_trained_on() -> None:
     assert "scheme" not in stored("default").bucketing
     now, before = (config.build(cfg.bucketing) for cfg in (composed(), config.upgraded(stored("default"))))
