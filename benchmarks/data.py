@@ -3,8 +3,8 @@
 python benchmarks/data.py                                   10^4 to 10^7 images, folders of 10^4 and 10^5
 python benchmarks/data.py --sizes 1e4 1e5 --before COMMIT   beside that commit of this repository
 
-Every measurement is made in a process of its own. Index files are generated, and the cache has all of their keys; latents
-lie in it only where they are read.
+Every measurement is made in a process of its own. Index files are generated, and the cache has all of their keys;
+latents lie in it only where they are read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def measure_folder(count: int, folder: Path, now: Found, before: Found, version:
 def growth(figures: dict[int, float]) -> str:
     """The exponents between neighbouring sizes: 1 is linear."""
     sizes = sorted(figures)
-    pairs = zip(sizes, sizes[1:], strict=False)
+    pairs = pairwise(sizes)
     return " ".join(
         f"{math.log(figures[large] / figures[small]) / math.log(large / small):.1f}"
         for small, large in pairs

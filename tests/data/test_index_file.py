@@ -61,7 +61,7 @@ def test_rows_lie_by_content_and_captions_and_unusable_ones_come_last(
 
 @given(IMAGES)
 def test_the_fingerprint_is_that_of_earlier_versions(images: list[Image]) -> None:
-    usable = [(digest, captions[0]) for digest, captions, _ in images if digest]
+    usable = [(digest, captions[0]) for digest, captions in images if digest]
     items = [Item(Path(str(n)), text, (1, 1), digest.hex()) for n, (digest, text) in enumerate(usable)]
     lines = sorted(f"{digest.hex()} {text}".encode() for digest, text in usable)
     assert Index(items).fingerprint() == hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
@@ -73,7 +73,7 @@ def test_a_fingerprint_is_kept_for_each_choice_of_rows(tmp_path: Path, monkeypat
     some = rows.take(np.array([1, 4, 5]))
     expected = [Index([*rows]).fingerprint(), Index([*some]).fingerprint()]
     assert [Index(rows).fingerprint(), Index(some).fingerprint()] == expected
-    monkeypatch.setattr("nai_xl.data.index.ordered", lambda rows: pytest.fail("made again"))
+    monkeypatch.setattr("nai_xl.data.index._lines", lambda rows: pytest.fail("made again"))
     assert [Index(rows).fingerprint(), Index(some).fingerprint()] == expected
 
 
