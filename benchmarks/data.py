@@ -3,13 +3,14 @@
 python benchmarks/data.py                                   10^4 to 10^7 images, folders of 10^4 and 10^5
 python benchmarks/data.py --sizes 1e4 1e5 --before COMMIT   beside that commit of this repository
 
-Every measurement is made in a process of its own. Index files are generated, and the cache has all of their keys; latents
-lie in it only where they are read.
+Every measurement is made in a process of its own. Index files are generated, and the cache has all of their keys;
+latents lie in it only where they are read.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -57,7 +58,8 @@ PARTS = (
     Part("cache keys of all placements", "s", "times", "keys"),
     Part("look for all keys in the cache", "s", "times", "look up"),
     Part("sample weights", "s", "times", "weights"),
-    Part("fingerprint", "s", "times", "fingerprint"),
+    Part("fingerprint, first start", "s", "times", "fingerprint"),
+    Part("fingerprint, later starts", "s", "times", "fingerprint noted", grows=False),
     Part("plan, to the first batch", "s", "times", "plan", aim=Aim(MILLION, 0.2)),
     Part("plan, to the batch in the middle of an epoch", "s", "times", "resume"),
     Part("private memory of a run's data", "bytes an image", "memory", "private", aim=Aim(MILLION, 40), grows=False),
@@ -120,8 +122,7 @@ def measure_folder(count: int, folder: Path, now: Found, before: Found, version:
 
 def growth(figures: dict[int, float]) -> str:
     """The exponents between neighbouring sizes: 1 is linear."""
-    sizes = sorted(figures)
-    pairs = zip(sizes, sizes[1:], strict=False)
+    pairs = itertools.pairwise(sorted(figures))
     return " ".join(
         f"{math.log(figures[large] / figures[small]) / math.log(large / small):.1f}"
         for small, large in pairs
