@@ -91,9 +91,10 @@ class PlacementTable:
         return self.canvases[self.canvas[self._owners(which)]]
 
     def by_bucket(self, which: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows `which` of the table ordered by their canvas, and in one canvas as they were."""
+        """Rows `which` of the table ordered by their canvas, and in one canvas by where the images lie."""
         width, height = self.sides(which).T
-        return which[np.lexsort((height, width))]
+        lies = np.concatenate([np.zeros(0, np.int64), *(part.rows.lies for part in self.parts)])
+        return which[np.lexsort((lies[self._owners(which)], height, width))]
 
 
 def _blocks(placed: Placed) -> Iterator[Block]:

@@ -37,6 +37,8 @@ SCHEMA = pa.schema(
 )
 """What every table has. A source may add columns, which its Store reads."""
 
+WITHIN = ("offset", "place", "group", "shard", "source")  # columns that say where bytes lie; the last one first
+
 
 class Drawn(Protocol):
     """Latents that a source makes itself, for whatever canvas; hashable."""
@@ -212,6 +214,16 @@ class Rows(Sequence[Item]):
     def sizes(self) -> NDArray[np.int32]:
         """[N,2] width, height in pixels."""
         return np.stack([self.column(name).to_numpy() for name in ("width", "height")], axis=1)
+
+    @property
+    def lies(self) -> NDArray[np.int64]:
+        """[N]: grows along the files in which the bytes lie, for who reads many images; zeros where each is a file."""
+        names = [name for name in WITHIN if name in self.table.column_names]
+        place = np.zeros(len(self), np.int64)
+        if names:
+            columns = [pc.fill_null(self.column(name), 0).to_numpy() for name in names]
+            place[np.lexsort(columns)] = np.arange(len(self))
+        return place
 
     @property
     def contents(self) -> NDArray[np.uint8]:

@@ -95,6 +95,7 @@ class Encoder:
         self, table: PlacementTable, keys: NDArray[np.uint8], missing: NDArray[np.int64]
     ) -> dict[Path, str]:
         bad: dict[Path, str] = {}
+        missing = missing[_first_of_each(keys[missing])]
         batches = Batches(table, table.by_bucket(missing))
         vae = self.components.vae.to(self.device)
         with (
@@ -275,6 +276,12 @@ def _picture(job: Job) -> torch.Tensor | str:
         return to_pixels(on_canvas(picture(job.item), job.placement))
     except UNREADABLE as error:
         return f"not a whole image: {one_line(error)}"
+
+
+def _first_of_each(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Places of the keys [M,16] that come first of those equal to them: an image can stand in an index many times."""
+    rows = np.ascontiguousarray(keys).view("S16").reshape(-1)
+    return np.sort(np.unique(rows, return_index=True)[1])
 
 
 class Batches(Sequence[NDArray[np.int64]]):

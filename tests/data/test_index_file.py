@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from nai_xl.data import index_file
 from nai_xl.data.index import Index
-from nai_xl.data.rows import CONVERTED, SCHEMA, Item, Rows
+from nai_xl.data.rows import BETWEEN, SCHEMA, Item, Rows
 
-Image = tuple[bytes | None, list[str], bool]
+Image = tuple[bytes | None, list[str]]
 
 
 def content(number: int) -> bytes:
@@ -29,19 +29,17 @@ def content(number: int) -> bytes:
 
 def table(images: list[Image]) -> pa.Table:
     columns = [
-        [digest for digest, _, _ in images],
+        [digest for digest, _ in images],
         [10] * len(images),
         [20] * len(images),
-        [captions for _, captions, _ in images],
+        [captions for _, captions in images],
         [b"%d.png" % number for number in range(len(images))],
-        [converted for _, _, converted in images],
     ]
-    schema = pa.schema([*SCHEMA, CONVERTED])
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
 CONTENTS = st.one_of(st.none(), st.integers(0, 20).map(content))
-IMAGES = st.lists(st.tuples(CONTENTS, st.lists(st.text(max_size=3), min_size=1, max_size=3), st.booleans()))
+IMAGES = st.lists(st.tuples(CONTENTS, st.lists(st.text(max_size=3), min_size=1, max_size=3)))
 
 
 @given(st.lists(IMAGES, min_size=1, max_size=4), st.integers(1, 5))
@@ -54,8 +52,8 @@ def test_rows_lie_by_content_and_captions_and_unusable_ones_come_last(
         index_file.write(path, [table(part) for part in parts], {"why": "a test"})
     usable = [image for part in parts for image in part if image[0] is not None]
     rows = Rows.mapped(path)
-    found = [(item.content, item.captions) for item in rows]
-    assert found == sorted((digest.hex(), tuple(texts)) for digest, texts, _ in usable if digest)
+    found = [(item.content, BETWEEN.join(item.captions)) for item in rows]
+    assert found == sorted((digest.hex(), BETWEEN.join(texts)) for digest, texts in usable if digest)
     assert index_file.is_whole(path) and len(index_file.mapped(path)) == sum(map(len, parts))
     assert index_file.mapped(path).schema.metadata[b"why"] == b"a test"
     assert pickle.loads(pickle.dumps(rows)) == rows  # noqa: S301
@@ -70,7 +68,7 @@ def test_the_fingerprint_is_that_of_earlier_versions(images: list[Image]) -> Non
 
 
 def test_a_fingerprint_is_kept_for_each_choice_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index_file.write(tmp_path / "a.arrow", [table([(content(n), [str(n)], False) for n in range(9)])])
+    index_file.write(tmp_path / "a.arrow", [table([(content(n), [str(n)]) for n in range(9)])])
     rows = Rows.mapped(tmp_path / "a.arrow")
     some = rows.take(np.array([1, 4, 5]))
     expected = [Index([*rows]).fingerprint(), Index([*some]).fingerprint()]
@@ -85,7 +83,7 @@ def parts(
     def make(number: int) -> pa.Table:
         before(f"p{number}")
         made.append(f"p{number}")
-        return table([(content(number), [f"caption {number}"], False)])
+        return table([(content(number), [f"caption {number}"])])
 
     return {f"p{number}": (lambda number=number: make(number)) for number in range(count)}
 

@@ -19,7 +19,7 @@ from nai_xl.data.cache import content_key
 from nai_xl.data.images import READER
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.rows import Rows, ordered
-from nai_xl.data.skipped import SkippedFiles, shown
+from nai_xl.data.skipped import OTHER, SkippedFiles, shown
 from nai_xl.data.source.caption_files import Tables
 from nai_xl.data.source.limits import Choice, Encoding, Limited, Limits, faults, in_order
 from nai_xl.data.source.listing import ARCHIVES, Few, Listing, list_folder, parts_of, wait_for_clock
@@ -196,6 +196,9 @@ def _remarks(listing: Listing) -> Iterable[str]:
         yield f"not images: {', '.join(plain)}{f' and {more} more kinds' if more > 0 else ''}; listed in skipped.csv"
     for kind, count in _archives(listing):
         yield f"{count} .{kind} in data.dir not read; {ARCHIVES[kind]} is for them"
+    kinds = SkippedFiles(listing.noted.table()).counts()
+    if count := sum(kinds.get(kind, 0) for kind in OTHER if kind != "other"):
+        yield f"{count} links, captions and special files were of no use; listed in skipped.csv"
     if count := listing.twins.count:
         yield f"{count} images have the caption file of another, and its caption: {_examples(listing.twins)}"
     if count := listing.doubled.count:

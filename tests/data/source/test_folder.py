@@ -197,20 +197,14 @@ def test_pictures_are_seen_as_they_are_meant(folder: Path) -> None:
     assert items["turned.jpg"].size == picture(items["turned.jpg"]).size == (20, 30)
 
 
-def test_a_profile_changes_the_name_of_a_pictures_pixels_only_where_it_changes_pixels(tmp_path: Path) -> None:
+def test_a_profile_changes_pixels_only_where_its_colours_differ(tmp_path: Path) -> None:
     random = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     for name, profile in {"none": None, "srgb": SRGB, "swapped": swapped()}.items():
         Image.fromarray(random).save(tmp_path / f"{name}.png", icc_profile=profile)
-        (tmp_path / f"{name}.txt").write_text(name)
-    index = scan(tmp_path)
-    items = {item.path.stem: item for item in index.items}
-    assert (np.asarray(open_rgb(tmp_path / "srgb.png")) == random).all()
-    assert {name: item.pixels == item.content for name, item in items.items()} == {
-        "none": True,
-        "srgb": True,
-        "swapped": False,
+    same = {
+        name: (np.asarray(open_rgb(tmp_path / f"{name}.png")) == random).all() for name in ("none", "srgb", "swapped")
     }
-    assert [item.pixels for item in index.items] == [bytes(row).hex() for row in index.items.pixels]
+    assert same == {"none": True, "srgb": True, "swapped": False}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

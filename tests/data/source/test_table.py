@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -158,6 +159,15 @@ def test_a_row_group_is_read_once_for_all_its_images_and_few_are_kept(
         item.open()
     assert len(opened) == 6 or len(opened) == 5  # the last one was still there
     assert len(table._recent.groups) == 1
+
+
+def test_images_are_read_along_the_files_that_they_lie_in(images: Path, tmp_path: Path) -> None:
+    tables = [forms.as_table(images, tmp_path / f"{n}.parquet") for n in "ab"]
+    rows = scanned(str(tmp_path / "*.parquet")).items
+    along = [rows[n].row for n in np.argsort(rows.lies)]
+    assert len(along) == 12 * len(tables)
+    places = [(row["shard"], row["group"], row["place"]) for row in along]  # type: ignore[index]
+    assert places == sorted(places) and places[-1] == (1, 2, 1)
 
 
 def test_what_large_row_groups_cost_is_said(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
