@@ -10,6 +10,7 @@ latents lie in it only where they are read.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +58,8 @@ PARTS = (
     Part("cache keys of all placements", "s", "times", "keys"),
     Part("look for all keys in the cache", "s", "times", "look up"),
     Part("sample weights", "s", "times", "weights"),
-    Part("fingerprint", "s", "times", "fingerprint"),
+    Part("fingerprint, first start", "s", "times", "fingerprint"),
+    Part("fingerprint, later starts", "s", "times", "fingerprint noted", grows=False),
     Part("plan, to the first batch", "s", "times", "plan", aim=Aim(MILLION, 0.2)),
     Part("plan, to the batch in the middle of an epoch", "s", "times", "resume"),
     Part("private memory of a run's data", "bytes an image", "memory", "private", aim=Aim(MILLION, 40), grows=False),
@@ -121,8 +122,7 @@ def measure_folder(count: int, folder: Path, now: Found, before: Found, version:
 
 def growth(figures: dict[int, float]) -> str:
     """The exponents between neighbouring sizes: 1 is linear."""
-    sizes = sorted(figures)
-    pairs = pairwise(sizes)
+    pairs = itertools.pairwise(sorted(figures))
     return " ".join(
         f"{math.log(figures[large] / figures[small]) / math.log(large / small):.1f}"
         for small, large in pairs

@@ -136,8 +136,7 @@ def reading(file: Path, folder: Path) -> dict[str, float]:
     texts = {index.items[n].caption: keys[index.items[n].caption] for n in numbers}
     for key in texts.values():
         cache.put(key, {"context": torch.randn(77, 2048), "pooled": torch.randn(1280)})
-    data = encoded(index, rows, texts, cache)
-    found: dict[str, float] = {}
+    data, found = encoded(index, rows, texts, cache), dict[str, float]()
     for name, wanted in (("latent", [rows[n][0].key for n in numbers]), ("text", [*texts.values()])):
         took = each(data.read, wanted, 5)
         found |= {f"{name} median": took[len(took) // 2], f"{name} p99": took[len(took) * 99 // 100]}

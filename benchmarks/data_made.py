@@ -46,6 +46,7 @@ def _columns(numbers: NDArray[Any], count: int, draw: np.random.Generator) -> li
     tags = [pa.array(WORDS).take(pa.array(draw.integers(0, len(WORDS), rows))) for _ in range(TAGS)]
     captions = pc.binary_join_element_wise(pc.binary_join_element_wise("picture", names, " "), *tags, ", ")
     sides = draw.integers(512, 2048, (2, rows), np.int32)
+    sides[:, ::2] = sides[:, draw.integers(0, min(rows, 100), len(sides[0, ::2]))]  # half of them have a common size
     return [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), rows, [None, pa.py_buffer(contents.tobytes())]),
         pa.array(sides[0]),

@@ -14,14 +14,16 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
+
 T = TypeVar("T")
 ENOUGH = 2.0  # seconds that repeats may take together
 MIB = 2**20
 
 
 class Memory(NamedTuple):
-    """Bytes of a process. rss: all that is in memory, mapped files and pages of other processes too. private: what
-    belongs to it alone (Private_Clean and Private_Dirty): what ending it would give back.
+    """Bytes of a process. rss: all that is in memory, pages of mapped files too, which the system takes back when it
+    needs them, and those of other processes. private: what it has written and no other process shares (Private_Dirty).
     """
 
     rss: int
@@ -35,13 +37,14 @@ def memory(process: int | str = "self") -> Memory:
     """By /proc/PROCESS/smaps_rollup."""
     lines = (line.split() for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:])
     found = {words[0]: 1024 * int(words[1]) for words in lines}
-    return Memory(found["Rss:"], found["Private_Clean:"] + found["Private_Dirty:"])
+    return Memory(found["Rss:"], found["Private_Dirty:"])
 
 
 def settled() -> Memory:
     """This process's memory without what it has freed and not given back yet."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    pa.default_memory_pool().release_unused()
     return memory()
 
 

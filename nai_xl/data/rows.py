@@ -109,7 +109,7 @@ class Rows(Sequence[Item]):
         if isinstance(items, Rows):
             return items
         given = list(items)
-        if not given:
+        if not given:  # making columns of lists imports pandas
             return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
         columns: list[Any] = [
             [bytes.fromhex(item.content) for item in given],

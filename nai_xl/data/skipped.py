@@ -38,6 +38,8 @@ class SkippedFiles(Sequence[Skipped]):
         if isinstance(rows, SkippedFiles):
             return rows
         given = list(rows)
+        if not given:  # making columns of lists imports pandas
+            return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
         columns = [
             [os.fsencode(row.path) for row in given],
             [row.kind for row in given],

@@ -247,11 +247,16 @@ def _read_merged(path: Path) -> tuple[Table, dict[str, tuple[bytes, int]]]:
             table = pa.ipc.open_file(file).read_all()
         table.validate()  # that no column leads out of the file
         about = json.loads(table.schema.metadata[ABOUT])
-        columns = {name: table.column(name).combine_chunks().to_numpy().view(kind) for name, kind in COLUMNS.items()}
+        columns = {name: _mapped(table.column(name)).view(kind) for name, kind in COLUMNS.items()}
         lines = [line.encode() for line in about["lines"]]
         return Table(**columns), {str(stem): (lines[line], int(rows)) for stem, line, rows in about["shards"]}
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return Table.empty(), {}
+
+
+def _mapped(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column of one piece, as the file has it: joining pieces would copy it into memory."""
+    return column.chunk(0).to_numpy() if column.num_chunks == 1 else column.combine_chunks().to_numpy()
 
 
 def _joined(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
