@@ -141,7 +141,7 @@ class Spec:
         if check := config.member(self.cfg.model, "check", tuple(self.cfg.plugins)):
             check()
         index = within(self.data.scan(), self.bucketing)
-        refuse_empty(index, "bucketing")
+        refuse_empty(index, "data")
         self.task.refuse(index)
         return index
 

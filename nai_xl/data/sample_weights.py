@@ -36,7 +36,7 @@ def equal(index: Index) -> Tensor:
 class Tags:
     """[N] float32 with mean 1: images with rare tags count more. After NovelAI Diffusion V3's tag-based loss weighting
     (2409.15997), which scales the loss by how over- or under-represented an image's tags are, class by class (artist,
-    character, copyright, general). The report gives no formula; this one is ours.
+    character, copyright, general). The report tells it in words; the formula is ours.
 
     A tag that n images have gets n^-temperature. Of an image, the weight in a class is the mean over its tags of that
     class, divided by the mean of that over the images that have such tags; without a tag of the class it is 1. The

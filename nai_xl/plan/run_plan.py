@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +141,7 @@ def find_canvases(cfg: DictConfig, build: Callable[..., Any]) -> tuple[dict[Buck
         if not Path(folder).is_dir():
             raise UserError(f"data.dir={folder}: no such folder; leave data.dir out to plan without data")
         config.check(cfg, only=["data"])
-        index = build(cfg.data).scan()
-        counts = Counter(bucketing.assign(*item.size) for item in index.items)
-        return dict(sorted(counts.items(), key=lambda pair: -pair[1])), True
+        found = assigned(within(build(cfg.data).scan(), bucketing).items.sizes, bucketing)
+        counts = zip(found.buckets, np.bincount(found.of).tolist(), strict=True)
+        return dict(sorted(counts, key=lambda pair: -pair[1])), True
     return dict.fromkeys(sorted(bucketing.buckets, key=lambda b: (-b.width * b.height, b)), 1), False
