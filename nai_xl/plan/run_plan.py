@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nai_xl import config
+from nai_xl.data.bucketing import assigned
+from nai_xl.data.report import within
 from nai_xl.engine.gpus import GIB, Gpu
 from nai_xl.engine.loop import RunSettings
 from nai_xl.errors import UserError

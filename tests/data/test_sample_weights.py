@@ -23,10 +23,8 @@ def index(*captions: str) -> Index:
     return Index([Item(Path(f"{n}.png"), text, (64, 64), f"{n:064x}") for n, text in enumerate(captions)])
 
 
-def by_hand(
-    captions: list[str], kinds: dict[str, str], temperature: float, smallest: float, largest: float
-) -> list[float]:
-    """The docstring's words, image by image."""
+def by_hand(captions: list[str], kinds: dict[str, str], temperature: float) -> list[float]:
+    """The docstring's words, image by image, with limits of 1/2 and 2."""
     separator = "," if any("," in text for text in captions) else " "
     tags = [{t.replace("_", " ").lower().strip() for t in text.split(separator)} - {""} for text in captions]
     images = Counter(tag for some in tags for tag in some)
