@@ -1,5 +1,7 @@
 """Shared by all tests: a cache of their own, commands typed in this process, and small photographs to train on."""
 
+import gc
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,11 +14,12 @@ from hypothesis import settings
 from omegaconf import DictConfig
 from PIL import Image
 
-from nai_xl import config
+from nai_xl import config, train
 from nai_xl.data.report import Report
 from nai_xl.evals import canvas_figure, method_figure
 from nai_xl.evals.method_figure import Legend, Variant
 from nai_xl.interfaces import Batch
+from tests.forks import Fork
 
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")
@@ -31,6 +34,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("NAI_XL_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def swept_often() -> Iterator[None]:
+    """Modules are left out of garbage collections: a whole one is cheap then, and comes before the models of tests that
+    are over take gigabytes.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +62,8 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
 DRAWN: dict[tuple[bytes, ...], Image.Image] = {}  # figures of the method, by all that goes into them
 
 
-@pytest.fixture(autouse=True)
-def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once() -> Iterator[None]:
     """Equal figures of the method are drawn once in a process: one takes as long as the rest of a short run."""
 
     def method(variants: Sequence[Variant], title: str, *headings: Legend) -> Image.Image:
@@ -61,7 +75,9 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return DRAWN[key].copy()
 
     draw = method_figure.method
-    monkeypatch.setattr(method_figure, "method", method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method_figure, "method", method)
+        yield
 
 
 CANVASES: dict[str, Image.Image] = {}
@@ -96,10 +112,8 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
+def twelve(folder: Path) -> Path:
     """Twelve captioned pictures in three aspect ratios, four each."""
-    folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(12):
@@ -110,10 +124,29 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return twelve(tmp_path / "images")
+
+
 SMALL = (
     "data=folder tracker=jsonl evals.sample_grid.count=2 evals.sample_grid.every=100 sampling.steps=2 "
     "run.batch_size=2 run.log_every=1 run.checkpoint_every=100 lr.warmup=0"
 ).split()
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, own_cache: Path, drawn_once: None) -> None:
+    """A run in this process: what runs make once in a process, its forks find made."""
+    folder = tmp_path_factory.mktemp("once")
+    words = [f"data.dir={twelve(folder / 'images')}", f"output_dir={folder}", "run.max_images=2"]
+    train.train(config.compose([*SMALL, *words]), {})
+
+
+@pytest.fixture
+def forks(trained_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that this test starts, and those that they start, are forks of its process, see tests/forks.py."""
+    monkeypatch.setattr(subprocess, "Popen", Fork)
 
 
 @pytest.fixture

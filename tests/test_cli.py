@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,31 +113,44 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[bytes]) -
     raise AssertionError("the run did not begin")
 
 
-STOPPED = ["run.max_images=48", "run.checkpoint_every=4"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+STOPPED = ["run.max_images=48", "run.checkpoint_every=4", "~evals.sample_grid"]
 
 
-def run_in(folder: Path, images: Path) -> dict[int, float]:
-    """Run the command to its end; the losses that the run directory then holds."""
-    subprocess.run(command(images, *STOPPED), cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+def environment() -> dict[str, str]:
+    """That of a command: the checkout is found from any folder."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+def begin(folder: Path, images: Path) -> "subprocess.Popen[bytes]":
+    arguments = command(images, *STOPPED)
+    return subprocess.Popen(arguments, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def left_in(folder: Path) -> dict[int, float]:
+    """The losses of the one run in this folder."""
     return losses(next((folder / "outputs").glob("*/metrics.jsonl")).parent)
 
 
-def test_a_stopped_process_is_continued_by_the_same_command(images: Path, tmp_path: Path) -> None:
+def test_a_stopped_process_is_continued_by_the_same_command(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., str], forks: None
+) -> None:
     (tmp_path / "whole").mkdir()
-    whole = run_in(tmp_path / "whole", images)
+    monkeypatch.chdir(tmp_path / "whole")
+    typed(main, *command(images, *STOPPED)[3:])
+    whole = left_in(tmp_path / "whole")
     assert list(whole) == list(range(1, 25))
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         cut = tmp_path / how.name
         cut.mkdir()
-        arguments = command(images, *STOPPED)
-        process = subprocess.Popen(arguments, cwd=cut, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = begin(cut, images)
         wait_for_steps(cut, 6, process)
         process.send_signal(how)
         told = process.communicate(timeout=60)[0].decode()
         if how != signal.SIGKILL:
             assert "the same command goes on from there" in told and process.returncode == 75
-        assert run_in(cut, images) == whole
+        again = begin(cut, images)
+        assert again.communicate(timeout=60) and again.returncode == 0
+        assert left_in(cut) == whole
 
 
 def test_a_profiled_run_trains_to_the_same_weights_and_leaves_its_trace_and_summary(

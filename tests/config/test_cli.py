@@ -93,7 +93,7 @@ def test_a_mistake_in_a_group_of_a_plug_in_is_told(
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_weighting_from_outside_needs_a_function_and_a_yaml(tmp_path: Path) -> None:
+def test_a_weighting_from_outside_needs_a_function_and_a_yaml(tmp_path: Path, forks: None) -> None:
     (tmp_path / "mine.py").write_text(
         "def halved(level, p, *, factor: float = 0.5):\n    return factor * level.alpha\n"
     )

@@ -19,7 +19,7 @@ from nai_xl.errors import Stopped
 from nai_xl.record.arm import read_arm
 from nai_xl.training.processes import decline_restart
 from tests.conftest import SMALL
-from tests.test_cli import ENVIRONMENT
+from tests.test_cli import environment
 from tests.test_train import losses
 
 FORK = multiprocessing.get_context("fork")
@@ -77,20 +77,21 @@ def test_restarts_that_cannot_meet_are_said() -> None:
 
 
 def test_arms_of_a_sweep_that_was_killed_stop_in_order_and_the_next_command_goes_on(
-    images: Path, tmp_path: Path
+    images: Path, tmp_path: Path, forks: None
 ) -> None:
     """The next command begins while the arm that was left is still saving."""
     slow = "import time\nfrom nai_xl.diffusion.loss import min_snr\n\n\ndef weight(level, p, *, gamma: float = 5.0):\n"
     (tmp_path / "slow.py").write_text(
         f"{slow}    time.sleep(0.3 if level.alpha.numel() == 2 else 0)\n    return min_snr(level, p, gamma=gamma)\n"
     )
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}:{tmp_path}"}
+    here = environment()
+    here["PYTHONPATH"] += f":{tmp_path}"
     loss = ["plugins=[slow]", "loss._target_=slow.weight", "loss.gamma=5"]
     command = [sys.executable, "-m", "nai_xl.train", "-m", *SMALL, f"data.dir={images}", *loss, "run.max_images=24"]
 
     def begin() -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, cwd=tmp_path, env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def steps() -> int:

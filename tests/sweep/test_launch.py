@@ -34,7 +34,7 @@ from nai_xl.tracker.mlflow.view import view
 from nai_xl.tracker.sweep import SweepTracker
 from nai_xl.train import main
 from tests.conftest import SMALL
-from tests.test_cli import ENVIRONMENT
+from tests.test_cli import environment
 
 FAULTY = '''
 """A loss weighting that is at fault in its third step, until a file called mended lies in the working directory."""
@@ -75,7 +75,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "faulty.py").write_text(FAULTY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
@@ -96,7 +96,7 @@ def by_arm(folder: Path) -> dict[str, Arm]:
 
 
 def test_two_of_four_arms_fail_the_others_finish_and_the_same_command_trains_those_two_alone(
-    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forks: None
 ) -> None:
     swept = "+loss.fault=raises,fine,killed,well"
     command = [f"data.dir={images}", *OF_FAULTY, swept, "run.max_images=8", "sweep.parallel=2"]
@@ -143,11 +143,13 @@ def wait_until(true: Callable[[], Any], process: subprocess.Popen[str]) -> None:
     raise AssertionError("the arm did not begin")
 
 
-def test_an_interrupted_sweep_saves_the_arm_under_way_and_begins_no_more(folder: Path, images: Path) -> None:
+def test_an_interrupted_sweep_saves_the_arm_under_way_and_begins_no_more(
+    folder: Path, images: Path, forks: None
+) -> None:
     fault = ["+loss.fault=slow,never", "run.max_images=2000", "run.checkpoint_every=1000"]
     command = [sys.executable, "-m", "nai_xl.train", "-m", *SMALL, f"data.dir={images}", *OF_FAULTY, *fault]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     rows = lambda: [line for path in folder.glob("outputs/*/metrics.jsonl") for line in path.open()]  # noqa: E731
     wait_until(lambda: len(rows()) >= 3, process)
@@ -167,7 +169,7 @@ LISTED = "sweep.arms=[{loss:uniform},{loss:minsnr,loss.gamma:1},{loss:minsnr,los
 
 
 def test_arms_that_are_listed_one_by_one_are_trained_with_every_seed(
-    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forks: None
 ) -> None:
     """An arm that does not name a key of another one is not named by it either."""
     command = [f"data.dir={images}", "run.max_images=2", "sweep.parallel=2", LISTED, "run.seed=0,1"]
@@ -205,7 +207,7 @@ def test_submitit_trains_an_arm_sent_from_the_command_line(folder: Path, images:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     options = ["hydra/launcher=submitit_local", f"data.dir={images}", "run.max_images=2", "sweep.name=queue"]
     command = [sys.executable, "-m", "nai_xl.train", "-m", *SMALL, *options]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (arm,) = by_arm(folder).values()
     assert (arm.sweep, arm.status, arm.steps) == ("queue", "FINISHED", 1)
@@ -387,6 +389,7 @@ def test_a_tracker_that_cannot_be_swept_is_refused_before_any_arm_leaves_a_trace
 def test_an_arm_whose_record_is_damaged_is_trained(
     folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In a process that begins as a user's does."""
     command = [f"data.dir={images}", "name=one", "run.max_images=2"]
     path = config.run_dir(config.compose([*SMALL, *command]), {})
     path.mkdir(parents=True)

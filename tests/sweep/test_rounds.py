@@ -22,7 +22,7 @@ from nai_xl.sweep.member import Member
 from nai_xl.sweep.processes import Program
 from nai_xl.train import main
 from tests.conftest import SMALL
-from tests.test_cli import ENVIRONMENT
+from tests.test_cli import environment
 
 # the logarithm of each loss's val/loss against uniform's, seed by seed
 EFFECTS = {
@@ -63,7 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(Member, "program", program)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     return tmp_path
 
 
