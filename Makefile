@@ -18,7 +18,7 @@ train: $(READY)
 	$(BIN)/python -m nai_xl.train schedule=ztsnr loss=minsnr
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
+from nai_xl.data.bucketing import Canvases
 from nai_xl.data.cache import DiskCache, content_key
 from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded, Placed
@@ -33,7 +34,7 @@ from nai_xl.engine.loop import RunSettings, Training
 from nai_xl.engine.meter import Meter
 from nai_xl.engine.precompile import precompile
 from nai_xl.engine.prefetch import on_device
-from nai_xl.interfaces import Batch, Bucket, Cache, Placement
+from nai_xl.interfaces import Batch, Bucket, Cache
 from nai_xl.model.quiet import quiet_libraries
 from nai_xl.model.sdxl.components import Components
 
@@ -282,16 +283,6 @@ def shapes(unet: Any, resolution: int) -> Shapes:
     return Shapes(resolution, c.cross_attention_dim, pooled)
 
 
-class AsLarge:
-    """A canvas of each image's own size."""
-
-    def assign(self, width: int, height: int) -> Bucket:
-        return Bucket(width, height)
-
-    def placements(self, width: int, height: int) -> list[Placement]:
-        return [Placement(Bucket(width, height), (width, height), (0, 0), False)]
-
-
 def random_data(shapes: Shapes, count: int, cache: Cache, canvases: Sequence[Bucket] = ()) -> Encoded:
     """`count` samples of random numbers in `cache`, never zeros: products with zeros run faster. Seeded, float32."""
     draw = torch.Generator().manual_seed(0)
@@ -315,7 +306,11 @@ def random_data(shapes: Shapes, count: int, cache: Cache, canvases: Sequence[Buc
         put("latents", item.content, latents=latents)
         texts[item.caption] = text(item.caption)
     index = Index(items)
-    placed = Placed(index.items, AsLarge(), lambda content, _: content_key("benchmark", shapes, "latents", content))
+    placed = Placed(
+        index.items,
+        Canvases([(b,) for b in sorted(canvases, key=math.prod)]),
+        lambda content, _: content_key("benchmark", shapes, "latents", content),
+    )
     return Encoded(index, placed, texts, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), torch.ones(count))
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -75,8 +77,8 @@ class Batch:
     """Samples of one bucket shape, with the random numbers that belong to their positions in the run."""
 
     latents: Tensor  # [B,4,h,w] normalised, float32
-    context: Tensor  # [B,77k,D] penultimate states of both text encoders
-    pooled: Tensor  # [B,P] projected state of the second encoder
+    context: Tensor  # [B,77k,D] penultimate states of both text encoders; [B,0,0] where the step encodes the text
+    pooled: Tensor  # [B,P] projected state of the second encoder; [B,0] likewise
     time_ids: Tensor  # [B,6] float32: original h, w; crop top, left; target h, w
     weight: Tensor  # [B] sample weight, 1.0 by default
     position: Tensor  # [B] int64: place of each sample in the run
@@ -85,6 +87,9 @@ class Batch:
     noise: Tensor  # [B,4,h,w] float32
     # [B,4,h,w] what x_t has beside the noise and the target has not; [B,1,1,1] zeros without input perturbation
     perturbation: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, 1))
+    # what the step encodes: [n,2,77] int64 distinct chunks, of both tokenizers; [B,k] int64 which of them a caption has
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 2, 77, dtype=torch.int64))
+    chunks: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -104,7 +109,8 @@ class Batch:
     @property
     def canvas(self) -> tuple[int, int, int]:
         """Height and width in pixels, and tokens of the captions: what a step's cost depends on."""
-        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], self.context.shape[1]
+        tokens = self.context.shape[1] or 77 * self.chunks.shape[1]
+        return 8 * self.latents.shape[2], 8 * self.latents.shape[3], tokens
 
 
 class MicroBatch(Protocol):
@@ -188,16 +194,39 @@ class Placement(NamedTuple):
         return [*map(float, (original[1], original[0], self.crop[1], left, self.bucket.height, self.bucket.width))]
 
 
+class Places(NamedTuple):
+    """Placements of N images as rows: bucket width, height; resized width, height; crop left, top; flip."""
+
+    rows: NDArray[np.int32]  # [M,7], image after image
+    counts: NDArray[np.int64]  # [N] rows of each image
+
+
 class Bucketing(Protocol):
+    """The canvases, and how an image lands on one. Sizes are widths and heights in pixels, of [N,2] images at once."""
+
+    @property
+    def buckets(self) -> Sequence[Bucket]: ...
+    @property
+    def max_enlarge(self) -> float | None: ...  # images that would be enlarged more are left out
+    @property
+    def max_cut(self) -> float | None: ...  # images that would lose a larger share of their area are left out
+    @property
+    def merge_small(self) -> bool: ...  # whether `merged` has anything to do
     def assign(self, width: int, height: int) -> Bucket: ...
     def placements(self, width: int, height: int) -> list[Placement]: ...
+    def buckets_of(self, sizes: NDArray[np.int32]) -> NDArray[np.uint16]: ...  # [N] places in `buckets`
+    def places(self, sizes: NDArray[np.int32]) -> Places: ...
+    def merged(self, sizes: NDArray[np.int32], chunk: int) -> Bucketing: ...  # without canvases below a chunk of images
 
 
 class Cache(Protocol):
     """Tensors by content key. `get` gives None for what is missing or unreadable. `shared`: other ranks see it too.
 
-    `alone`: what others do under the same name, in any process that shares the cache, waits meanwhile. `place`: where a
-    person finds the entry, for messages.
+    Keys are 32 hex characters, or [M,16] bytes where many are asked for at once. `alone`: what others do under the same
+    name, in any process that shares the cache, waits meanwhile. `place`: where a person finds the entry, for messages.
+    `discard`: from then on, the entry counts as missing. `seal`: called when a process has put all that it will.
+    `refuse_too_little_room`: raises UserError if there is no room for so many more bytes; smaller: the overrides that
+    make them fewer. nai_xl.data.cache.KeyByKey has these and `missing`, by the methods that take one key.
     """
 
     shared: bool
@@ -207,6 +236,10 @@ class Cache(Protocol):
     def get(self, key: str) -> dict[str, Tensor] | None: ...
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...
     def alone(self, name: str) -> AbstractContextManager[None]: ...
+    def missing(self, keys: NDArray[np.uint8]) -> NDArray[np.bool_]: ...
+    def discard(self, key: str) -> None: ...
+    def seal(self) -> None: ...
+    def refuse_too_little_room(self, needed: int, smaller: str) -> None: ...
 
 
 class Stateful(Protocol):

@@ -12,7 +12,11 @@ from omegaconf import OmegaConf
 
 HIDDEN = "***"
 LOGIN = re.compile(r"([a-zA-Z][\w+.-]*://)[^\s/?#'\"]*@")  # user:password@ of an address; a password may hold an @
-IN_QUERY = re.compile(r"([?&;](?:password|passwd|pwd|token|secret|api_?key|access_?key)=)[^&;\s'\"]+", re.IGNORECASE)
+IN_QUERY = re.compile(
+    r"([?&;](?:sig|[\w-]*(?:password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key(?:_?id)?))=)"
+    r"[^&;\s'\"]+",
+    re.IGNORECASE,
+)
 SECRET_KEY = re.compile(r"(^|[._])(password|passwd|secret|api_?key|(auth|access)_?token)$", re.IGNORECASE)
 IN_ENVIRONMENT = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 SHORTEST = 4  # characters of a password that is looked for in a text; shorter ones are found everywhere

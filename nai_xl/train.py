@@ -22,6 +22,7 @@ from nai_xl.record.metrics import objective
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.sweep.launch import Sweep
 from nai_xl.sweep.member import arm_of
+from nai_xl.training.drift import begun_anew
 from nai_xl.training.processes import decline_restart, heartbeat, held
 from nai_xl.training.session import Session
 
@@ -31,6 +32,7 @@ def train(cfg: DictConfig, choices: Mapping[str, str], arm: Mapping[str, Any] | 
 
     choices: group -> option. arm: the values that a sweep gave the keys that it varies.
     """
+    cfg = begun_anew(cfg, choices)
     spec = Spec.of(cfg)
     home = RunDirectory(config.run_dir(cfg, choices))
     with Stop() as stop, ArmRecord(home, arm_of(cfg, arm or {})) as note, process_wide.restored():

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from nai_xl import config, train
-from nai_xl.evals import method_figure
+from nai_xl.data.report import Report
+from nai_xl.evals import canvas_figure, method_figure
 from nai_xl.evals.method_figure import Legend, Variant
 from nai_xl.interfaces import Batch
 from tests.forks import Fork
@@ -80,6 +81,25 @@ def drawn_once() -> Iterator[None]:
         yield
 
 
+CANVASES: dict[str, Image.Image] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def canvases_drawn_once() -> Iterator[None]:
+    """So are equal figures of a run's canvases."""
+
+    def canvases(report: Report, skipped: int) -> Image.Image:
+        key = repr((report, skipped))
+        if key not in CANVASES:
+            CANVASES[key] = draw(report, skipped)
+        return CANVASES[key].copy()
+
+    draw = canvas_figure.canvases
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas_figure, "canvases", canvases)
+        yield
+
+
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command's main() with these arguments; what it printed, or its error when it must stop with `status`."""
@@ -121,7 +141,9 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
-def trained_once(tmp_path_factory: pytest.TempPathFactory, own_cache: Path, drawn_once: None) -> None:
+def trained_once(
+    tmp_path_factory: pytest.TempPathFactory, own_cache: Path, drawn_once: None, canvases_drawn_once: None
+) -> None:
     """A run in this process: what runs make once in a process, its forks find made."""
     folder = tmp_path_factory.mktemp("once")
     words = [f"data.dir={twelve(folder / 'images')}", f"output_dir={folder}", "run.max_images=2"]

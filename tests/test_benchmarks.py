@@ -161,3 +161,32 @@ def test_stored_intervals_give_back_their_mean_squares() -> None:
     best = min(found, key=lambda one: abs(one.of_seeds - known.of_seeds))
     assert best.of_seeds == pytest.approx(known.of_seeds) and best.of_items - best.of_both == pytest.approx(of_items)
     assert max(one.p(2.0) for one in found) >= 0.98 * known.p(2.0)
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_generated_indexes_are_in_order_and_their_keys_are_found_in_the_generated_cache(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    made, now = load("data_made"), load("data_now")
+    for name, value in {"CHUNK": 8, "READ": 8, "READ_SMALL": 16}.items():
+        monkeypatch.setattr(made, name, value)
+        monkeypatch.setattr(now, name, value)
+    made.write_index(tmp_path / "index.arrow", count)
+    index = now.opened(tmp_path / "index.arrow")
+    assert len(index.items) == len({item.content for item in index.items}) == count
+    assert index.items.order().tolist() == list(range(count))
+    now.fill(tmp_path / "index.arrow", tmp_path)
+    cache, latents = now.DiskCache(tmp_path / "cache"), now.placed(index)
+    assert not cache.missing(now.keys(latents)).any()
+    assert all(cache.get(latents[number][0].key) is not None for number in now.read_first(latents, 8))
+
+
+def test_growth_is_the_exponent_between_sizes(load: Any) -> None:
+    assert load("data").growth({10: 2.0, 1000: 200.0, 100: 2.0, 10_000: 20_000.0}) == "0.0 2.0 2.0"
+
+
+def test_memory_that_is_written_is_private(load: Any) -> None:
+    memory = load("resources").memory
+    before = memory()
+    kept = np.ones(50_000_000, np.uint8)
+    assert (memory() - before).private == pytest.approx(kept.nbytes, rel=0.1)

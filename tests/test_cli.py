@@ -85,7 +85,7 @@ def test_several_mistakes_are_told_at_once(
 
 
 def test_a_sweep_trains_every_combination_and_a_bad_arm_spares_the_others(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forks: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sweep = ["-m", "parameterization=epsilon,v", "run.max_images=2"]

@@ -218,6 +218,21 @@ def test_flips_and_crops_are_part_of_the_run(small: Compose) -> None:
     assert plain != flipped
 
 
+def test_images_beyond_a_limit_are_left_out_and_the_rest_is_told(
+    small: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four of the pictures are enlarged; small canvases are merged, and the table and the figure tell so."""
+    folder = run(
+        small("bucketing.max_enlarge=1.2", "bucketing.merge_small=true", "run.chunk=8", "run.max_images=4", "name=few")
+    )
+    listed = (folder / "skipped.csv").read_text()
+    assert listed.count("bucketing.max_enlarge=1.2") == 4
+    told = " ".join(capsys.readouterr().out.split())
+    assert "8 (4 skipped, listed in skipped.csv)" in told and "buckets 8 in 160x96" in told
+    assert "not seen" in told and "merge_small" not in told.split("not seen")[1]
+    assert Image.open(folder / "canvases" / "step_00000000.png").width > 600
+
+
 def test_single_bad_images_are_skipped_and_listed(small: Compose, images: Path) -> None:
     (images / "bad.png").write_bytes((images / "00.png").read_bytes()[:60])
     (images / "bad.txt").write_text("cut short")

@@ -4,7 +4,18 @@ from nai_xl.config.build import build, completed, locate, member
 from nai_xl.config.cli import SweepOfArms, entry_point, mistakes_told
 from nai_xl.config.grid import Swept, combinations, compose, further, opened
 from nai_xl.config.groups import conf_dir, groups
-from nai_xl.config.identity import arm, declared, flat, kin, left_out, open_ended, run_dir, signature, unfinished_kin
+from nai_xl.config.identity import (
+    arm,
+    begun_with_former,
+    declared,
+    flat,
+    kin,
+    left_out,
+    open_ended,
+    run_dir,
+    signature,
+    unfinished_kin,
+)
 from nai_xl.config.legacy import stored_config, upgraded, upgraded_choices
 from nai_xl.config.pace import pace_in
 from nai_xl.config.schema import check
@@ -14,6 +25,7 @@ __all__ = [
     "SweepOfArms",
     "Swept",
     "arm",
+    "begun_with_former",
     "build",
     "check",
     "combinations",
@@ -38,6 +50,7 @@ __all__ = [
     "stored_config",
     "typed_plugins",
     "unfinished_kin",
+    "unfinished_with_cached_text",
     "upgraded",
     "upgraded_choices",
 ]

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,24 @@ def unfinished_kin(cfg: DictConfig, home: Path) -> dict[Path, Pace]:
         if noted and noted.kin == kin(cfg) and noted.status != "FINISHED" and (pace := pace_of(path)):
             found[path] = pace
     return found
+
+
+def begun_with_former(cfg: DictConfig, choices: Mapping[str, str]) -> tuple[Path, str] | None:
+    """The run that an earlier version has begun with what were defaults then, and the overrides that continue it."""
+    changes = {word: change for word, change in legacy.FORMER.items() if _would_change(cfg, change)}
+    for count in range(len(changes), 0, -1):
+        for words in combinations(changes, count):
+            older: Any = OmegaConf.merge(cfg, *(changes[word] for word in words))
+            if (place := run_dir(older, choices)).exists():
+                return place, " ".join(words)
+    return None
+
+
+def _would_change(cfg: DictConfig, change: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the config has these settings, and not as they are in `change`."""
+    return all(
+        key in cfg[group] and cfg[group][key] != value for group, of in change.items() for key, value in of.items()
+    )
 
 
 # --- what the package's own options leave out of it -------------------------------------------------------------------

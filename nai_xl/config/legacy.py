@@ -64,6 +64,11 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "task": {"_target_": "nai_xl.task.text_to_image.TextToImage", "_partial_": True},
 }
 OPTIONS_OF_ADDED = {"adapter": "full", "task": "text_to_image"}
+# overrides that continue runs of earlier versions: what they were begun with, where conf/ has something else today
+FORMER: Mapping[str, Mapping[str, Any]] = {
+    "bucketing.scheme=half": {"bucketing": {"scheme": "half"}},
+    "text=cached": {"text": {"_target_": "nai_xl.model.text.TextEncoding"}},
+}
 PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # run.mixed_precision -> option of the group precision
 
 

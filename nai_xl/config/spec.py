@@ -17,7 +17,8 @@ from nai_xl import config
 from nai_xl.adapter.trainable import Adapter, Trainable
 from nai_xl.config.build import holds_target
 from nai_xl.config.groups import of_several, settings
-from nai_xl.data.index import Index
+from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.report import within
 from nai_xl.distributed.environment import leave_out
 from nai_xl.distributed.launch import refuse_half_a_launch, remarks
 from nai_xl.distributed.strategy import Strategy
@@ -27,7 +28,7 @@ from nai_xl.engine.hooks import ChosenHook
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError, keyed
-from nai_xl.interfaces import Direction, Evaluator
+from nai_xl.interfaces import Bucketing, Direction, Evaluator
 from nai_xl.memory.action import MemoryAction
 from nai_xl.memory.compatibility import autocast, refuse_misfits
 from nai_xl.model.finite import refuse_not_finite
@@ -48,6 +49,7 @@ class Spec:
     cfg: DictConfig
     run: RunSettings
     data: Any
+    bucketing: Bucketing
     model: Callable[[], Any]
     task: Task
     adapter: Adapter
@@ -138,7 +140,8 @@ class Spec:
         """The images. Raises UserError for a model or images that cannot be trained on; no weight is read yet."""
         if check := config.member(self.cfg.model, "check", tuple(self.cfg.plugins)):
             check()
-        index: Index = self.data.scan()
+        index = within(self.data.scan(), self.bucketing)
+        refuse_empty(index, "data")
         self.task.refuse(index)
         return index
 

@@ -5,29 +5,29 @@ A source (nai_xl.data.source) makes it.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from nai_xl.data.rows import Item, Rows
+from nai_xl.data.rows import AT_ONCE, DIGEST, Item, Rows
+from nai_xl.data.skipped import Skipped, SkippedFiles, shown
 from nai_xl.errors import UserError
+from nai_xl.files import write_atomically
 
-AT_ONCE = 1 << 16  # rows that a fingerprint reads at a time
-BETWEEN = "\x1e"  # captions of one image
+HEX = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), np.uint16)
 
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    path: Path
-    reason: str
+OnChange = Literal["continue", "new", "refuse"]
+"""What the same command does when the data are others than those that its run began with: it goes on with what is there
+now, begins a run with another name, or stops and says what has changed.
+"""
 
 
 @dataclass(slots=True)
@@ -38,11 +38,21 @@ class Index:
     """
 
     items: Rows
-    skipped: list[Skipped]
+    skipped: SkippedFiles
     held_out: Rows
+    remarks: Sequence[str]  # what the source has to say once
+    on_change: OnChange  # of a run that was begun with other data
 
-    def __init__(self, items: Iterable[Item], skipped: Sequence[Skipped] = (), held_out: Iterable[Item] = ()):
-        self.items, self.skipped, self.held_out = Rows.of(items), list(skipped), Rows.of(held_out)
+    def __init__(
+        self,
+        items: Iterable[Item],
+        skipped: Iterable[Skipped] = (),
+        held_out: Iterable[Item] = (),
+        remarks: Sequence[str] = (),
+        on_change: OnChange = "refuse",
+    ):
+        self.items, self.held_out = Rows.of(items), Rows.of(held_out)
+        self.skipped, self.remarks, self.on_change = SkippedFiles.of(skipped), remarks, on_change
 
     def hold_out(self, share: float) -> Index:
         """The index with about `share` of its images held out: those whose content's hash lies below it.
@@ -56,44 +66,51 @@ class Index:
         if not held.any():
             return self
         kept, aside = (self.items.take(np.flatnonzero(mask)) for mask in (~held, held))
-        return Index(kept, self.skipped, aside)
+        return replace(self, items=kept, held_out=aside)
 
     def fingerprint(self) -> str:
         """16 hex characters over every image's content and captions, whatever the folder or file is called."""
-        whole = hashlib.sha256()
-        for number, row in enumerate(_in_order(self.items)):
-            whole.update((b"\n" if number else b"") + row)
-        return whole.hexdigest()[:16]
+        return noted_beside(self.items, _fingerprint)
 
     def without(self, unusable: dict[Path, str]) -> Index:
         """The index less the images that turned out unusable, with their reasons."""
         if not unusable:
             return self
-        named = pa.array([os.fsencode(path) for path in unusable], pa.binary())
-        kept, held = (
-            rows.take(np.flatnonzero(~pc.is_in(rows.column("path"), named).to_numpy()))
-            for rows in (self.items, self.held_out)
-        )
-        return Index(kept, [*self.skipped, *(Skipped(path, reason) for path, reason in unusable.items())], held)
-
-    def write_skipped(self, path: Path) -> None:
-        """`skipped.csv`: file, reason."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("file", "reason"))
-            writer.writerows((str(skip.path), skip.reason) for skip in self.skipped)
+        kept, held = (rows.take(np.flatnonzero(~rows.are_at(unusable))) for rows in (self.items, self.held_out))
+        skipped = self.skipped.and_(Skipped(path, reason) for path, reason in unusable.items())
+        return replace(self, items=kept, skipped=skipped, held_out=held)
 
 
-def _in_order(rows: Rows) -> Iterator[bytes]:
-    """Content and captions of each image, sorted."""
-    found = [row for start in range(0, len(rows), AT_ONCE) for row in _words(rows[start : start + AT_ONCE])]
-    return iter(sorted(found))
+def noted_beside(rows: Rows, find: Callable[[Rows], str]) -> str:
+    """What `find` returns for these rows, kept beside the index file that they are mapped from."""
+    if rows.file is None:
+        return find(rows)
+    picked = b"" if rows.picked is None else rows.picked.tobytes()
+    note = rows.file.with_suffix(f".{find.__name__.strip('_')}-{hashlib.sha256(picked).hexdigest()[:16]}")
+    with suppress(OSError):
+        return note.read_text()
+    found = find(rows)
+    with suppress(OSError):
+        write_atomically(note, lambda path: path.write_text(found))
+    return found
 
 
-def _words(rows: Rows) -> Iterator[bytes]:
-    captions = rows.column("captions").to_pylist()
-    for content, several in zip(rows.column("content").to_pylist(), captions, strict=True):
-        yield f"{content.hex()} {BETWEEN.join(several)}".encode()
+def _fingerprint(rows: Rows) -> str:
+    ordered, whole = rows.take(rows.order()), hashlib.sha256()
+    for start in range(0, len(ordered), AT_ONCE):
+        whole.update(b"\n" if start else b"")
+        whole.update(_lines(ordered[start : start + AT_ONCE]))
+    return whole.hexdigest()[:16]
+
+
+def _lines(rows: Rows) -> memoryview:
+    """For each image a line of its content, hexadecimal, and its captions."""
+    ends = np.arange(len(rows) + 1, dtype=np.int32) * 2 * DIGEST
+    contents = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(HEX[rows.contents]))
+    words = pc.binary_join_element_wise(contents, rows.joined().combine_chunks(), " ")
+    lines = pc.binary_join_element_wise(words, "", "\n")
+    _, ends, text = lines.buffers()
+    return memoryview(text)[: int(np.frombuffer(ends, np.int32)[len(rows)]) - 1]
 
 
 def are_held_out(contents: NDArray[np.uint8], share: float) -> NDArray[np.bool_]:
@@ -115,5 +132,6 @@ def refuse_without_pictures(items: Sequence[Item], reader: str, instead: str) ->
 def refuse_empty(index: Index, where: str) -> None:
     """Raise UserError if every image was skipped, with the first reasons."""
     if not index.items:
-        reasons: Sequence[str] = [f"{skip.path.name}: {skip.reason}" for skip in index.skipped[:3]]
-        raise UserError(f"{where}: none of {len(index.skipped)} images can be used. {'; '.join(reasons)}")
+        images = index.skipped.of_images()
+        reasons: Sequence[str] = [f"{shown(skip.path.name)}: {skip.reason}" for skip in images[:3]]
+        raise UserError(f"{where}: none of {len(images)} images can be used. {'; '.join(reasons)}")

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, overload
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nai_xl.data.bucketing import Assigned, assigned
-from nai_xl.data.captions import PlainCaptions
+from nai_xl.data.bucketing import BLOCK, Assigned, assigned
+from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan
 from nai_xl.data.index import Index
 from nai_xl.data.noise import TrainingNoise
@@ -58,11 +57,14 @@ class Placed(Sequence[Sequence[LatentRef]]):
     def __getitem__(self, number: int | slice) -> list[LatentRef] | Placed:
         if isinstance(number, slice):
             return Placed(self.rows[number], self.bucketing, self.key)
-        return self.of(self.rows[number])
+        return self._of(self.rows.value("content", number).hex(), self.rows.size(number))
 
     def of(self, item: Item) -> list[LatentRef]:
         """Those of an image, whether it is one of these or not."""
-        return [LatentRef(self.key(item.content, place), place) for place in self.bucketing.placements(*item.size)]
+        return self._of(item.content, item.size)
+
+    def _of(self, content: str, size: tuple[int, int]) -> list[LatentRef]:
+        return [LatentRef(self.key(content, place), place) for place in self.bucketing.placements(*size)]
 
     def __iter__(self) -> Iterator[list[LatentRef]]:
         return map(self.of, self.rows)
@@ -70,8 +72,9 @@ class Placed(Sequence[Sequence[LatentRef]]):
     @cached_property
     def total(self) -> int:
         """How many placements there are."""
-        sizes, times = np.unique(self.rows.sizes, axis=0, return_counts=True)
-        return sum(len(self.bucketing.placements(*size)) * n for size, n in zip(sizes.tolist(), times, strict=True))
+        sizes = self.rows.sizes
+        blocks = (sizes[start : start + BLOCK] for start in range(0, len(sizes), BLOCK))
+        return sum(int(self.bucketing.places(block).counts.sum()) for block in blocks)
 
     @cached_property
     def assigned(self) -> Assigned:
@@ -85,7 +88,7 @@ class Encoded:
 
     index: Index
     latents: Placed
-    texts: dict[str, str]  # text -> key
+    texts: dict[str, str]  # text -> key; {} where the step encodes the text
     cache: Cache
     mean: torch.Tensor  # [4,1,1] of the raw latents
     std: torch.Tensor  # [4,1,1]
@@ -93,7 +96,12 @@ class Encoded:
     held_out: Sequence[tuple[Item, LatentRef]] = ()  # images that are never trained on, one placement of each
 
     def condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """context [77k,D] and pooled [P] of a text that was encoded beforehand."""
+        """context [77k,D] and pooled [P], float32, of a text that was encoded beforehand."""
+        context, pooled = self.kept(text)
+        return context.float(), pooled.float()
+
+    def kept(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the precision of the cache."""
         tensors = self.read(self.texts[text], f"the text {shortened(text)}")
         return tensors["context"], tensors["pooled"]
 
@@ -101,10 +109,16 @@ class Encoded:
         """[4,h,w] float32, normalised, of one placement of an image."""
         return (self.read(ref.key)["latents"].float() - self.mean) / self.std
 
-    def drawn(self, draw: Draws, number: int, captions: PlainCaptions) -> tuple[LatentRef, str]:
+    def drawn(self, draw: Draws, number: int, captions: Captions) -> tuple[LatentRef, str]:
         """The placement and the text of a sample of item `number`."""
         row = self.latents[number]
-        return row[draw.choice("placement", len(row))], captions.pick(self.index.items[number].caption, draw)
+        words = self.index.items.value("captions", number)
+        return row[draw.choice("placement", len(row))], captions.pick(words, draw)
+
+    def read_latents(self, number: int, ref: LatentRef) -> torch.Tensor:
+        """[4,h,w] as they lie in the cache, of one placement of item `number`."""
+        tensors = self.cache.get(ref.key)
+        return (tensors or self.read(ref.key, self.index.items[number].path))["latents"]
 
     def read(self, key: str, of: object = "") -> dict[str, torch.Tensor]:
         return read(self.cache, key, of)
@@ -128,8 +142,8 @@ def not_finite(cache: Cache, key: str, of: object) -> str | None:
     if all(tensor.isfinite().all() for tensor in tensors.values()):
         return None
     return (
-        f"The cached entry of {of} is not finite: delete {cache.place(key)} and run the same command again, which "
-        "makes it anew and goes on."
+        f"The cached entry of {of} is not finite ({cache.place(key)}): python -m nai_xl.precompute --verify with the "
+        "same overrides discards it, and the same command then makes it anew and goes on."
     )
 
 
@@ -137,19 +151,22 @@ class PositionDataset(Dataset[Batch]):
     """(position, item) -> a Batch of one sample, whatever worker or rank asks.
 
     With `strata`, the timestep draws of each block of as many positions are spread evenly (Draws.stratified_u).
+    tokens: the fields of a Batch that stand for texts which the step encodes; None where they lie encoded in the cache.
     """
 
     def __init__(
         self,
         encoded: Encoded,
-        captions: PlainCaptions,
+        captions: Captions,
         seed: int,
         *,
         strata: int | None = None,
         noise: TrainingNoise | None = None,
+        tokens: Callable[[Sequence[str]], dict[str, torch.Tensor]] | None = None,
     ):
         self.encoded, self.captions, self.seed, self.strata = encoded, captions, seed, strata
         self.noise = noise or TrainingNoise()
+        self._told = tokens or self._conditions
         self._recent: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
@@ -161,21 +178,17 @@ class PositionDataset(Dataset[Batch]):
 
         Raises UserError if a cache entry has gone.
         """
-        encoded = self.encoded
+        encoded, sizes = self.encoded, self.encoded.index.items.size
         positions, numbers = zip(*where, strict=True)
         samples = [draws(self.seed, position) for position in positions]
-        items = [encoded.index.items[number] for number in numbers]
         pairs = [encoded.drawn(draw, number, self.captions) for draw, number in zip(samples, numbers, strict=True)]
         refs = [ref for ref, _ in pairs]
-        conditions = [self._condition(text) for _, text in pairs]
-        read = [encoded.read(ref.key, item.path)["latents"] for ref, item in zip(refs, items, strict=True)]
-        raw = torch.stack(read).float()
+        raw = torch.stack([encoded.read_latents(n, ref) for n, ref in zip(numbers, refs, strict=True)]).float()
         noise, perturbation = self.noise(samples, raw.shape[1:])
         return Batch(
             latents=(raw - encoded.mean) / encoded.std,
-            context=torch.stack([context for context, _ in conditions]),
-            pooled=torch.stack([pooled for _, pooled in conditions]),
-            time_ids=torch.tensor([ref.placement.time_ids(i.size) for ref, i in zip(refs, items, strict=True)]),
+            **self._told([text for _, text in pairs]),
+            time_ids=torch.tensor([ref.placement.time_ids(sizes(n)) for ref, n in zip(refs, numbers, strict=True)]),
             weight=encoded.weights[list(numbers)],
             position=torch.tensor(positions),
             item=torch.tensor(numbers),
@@ -184,9 +197,14 @@ class PositionDataset(Dataset[Batch]):
             perturbation=perturbation,
         )
 
+    def _conditions(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        context, pooled = zip(*map(self._condition, texts), strict=True)
+        none = torch.zeros(len(texts), 0, dtype=torch.int64)
+        return {"context": torch.stack(context), "pooled": torch.stack(pooled), "chunks": none}
+
     def _condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where captions are few, or often dropped, reading them takes as long as reading the images."""
-        found = self._recent.pop(text, None) or self.encoded.condition(text)
+        found = self._recent.pop(text, None) or self.encoded.kept(text)
         self._recent[text] = found  # the last one again
         if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]
@@ -214,26 +232,26 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         wide = self.batch_size * self.world
-        aligned = self.start - self.start % self.plan.chunk
-        for first, items in self.plan.from_position(aligned):
-            for offset in range(0, self.plan.chunk, wide):
-                if first + offset < self.start:
-                    continue
+        skipped = self.start % self.plan.chunk
+        for first, items in self.plan.from_position(self.start - skipped):
+            for offset in range(-(-skipped // wide) * wide, self.plan.chunk, wide):
                 begin = offset + self.rank * self.batch_size
                 yield list(enumerate(items[begin : begin + self.batch_size].tolist(), start=first + begin))
+            skipped = 0
 
 
 def batches(
     encoded: Encoded,
-    captions: PlainCaptions,
+    captions: Captions,
     sampler: RankBatches,
     *,
     workers: int,
     strata: int | None = None,
     noise: TrainingNoise | None = None,
+    tokens: Callable[[Sequence[str]], dict[str, torch.Tensor]] | None = None,
 ) -> DataLoader[Batch]:
     """The micro-batches of encoded images and captions, of one rank; see whole_batches."""
-    dataset = PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise)
+    dataset = PositionDataset(encoded, captions, sampler.plan.seed, strata=strata, noise=noise, tokens=tokens)
     return whole_batches(dataset, sampler, workers=workers)
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from nai_xl.interfaces import Bucket
 
 DIGEST = 32  # bytes of SHA-256
+AT_ONCE = 1 << 16  # rows of a column that are put in order at a time: fewer than overflow an offset of Arrow's
+BETWEEN = "\x1e"  # captions of one image
 SCHEMA = pa.schema(
     [
         pa.field("content", pa.binary(DIGEST)),
@@ -32,6 +36,8 @@ SCHEMA = pa.schema(
     ]
 )
 """What every table has. A source may add columns, which its Store reads."""
+
+WITHIN = ("offset", "place", "group", "shard", "source")  # columns that say where bytes lie; the last one first
 
 
 class Drawn(Protocol):
@@ -95,6 +101,7 @@ class Rows(Sequence[Item]):
     given: Sequence[Item] | None = None
     picked: NDArray[np.uint32] | None = None
     file: Path | None = None
+    root: Path = Path()
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Rows:
@@ -102,6 +109,8 @@ class Rows(Sequence[Item]):
         if isinstance(items, Rows):
             return items
         given = list(items)
+        if not given:  # making columns of lists imports pandas
+            return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
         columns: list[Any] = [
             [bytes.fromhex(item.content) for item in given],
             [item.size[0] for item in given],
@@ -113,16 +122,23 @@ class Rows(Sequence[Item]):
         return cls(pa.table(arrays, schema=SCHEMA), given=given)
 
     @classmethod
-    def mapped(cls, file: Path, store: Store | None = None) -> Rows:
-        """The table in an Arrow file. Raises OSError, and pyarrow.ArrowInvalid for a file that is none."""
+    def mapped(cls, file: Path, store: Store | None = None, root: Path = Path()) -> Rows:
+        """The usable images of an index file (nai_xl.data.index_file). Columns whose name begins with _ are left out:
+        they are the source's notes for its next scan.
+
+        Raises OSError, and pyarrow.ArrowInvalid for a file that is none.
+        """
         with pa.memory_map(str(file)) as source:
-            return cls(pa.ipc.open_file(source).read_all(), store, file=file)
+            whole = pa.ipc.open_file(source).read_all()
+        usable = (whole.schema.metadata or {}).get(b"usable")
+        table = whole.select([name for name in whole.column_names if not name.startswith("_")])
+        return cls(table if usable is None else table.slice(0, int(usable)), store, file=file, root=root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A mapped file is mapped again in the process that this is sent to."""
         if self.file is None:
-            return Rows, (self.table, self.store, self.given, self.picked)
-        return _mapped_again, (self.file, self.store, self.picked)
+            return Rows, (self.table, self.store, self.given, self.picked, None, self.root)
+        return _mapped_again, (self.file, self.store, self.root, self.picked)
 
     def __len__(self) -> int:
         return len(self.table) if self.picked is None else len(self.picked)
@@ -133,11 +149,8 @@ class Rows(Sequence[Item]):
     def __getitem__(self, number: slice) -> Rows: ...
     def __getitem__(self, number: int | slice) -> Item | Rows:
         if isinstance(number, slice):
-            return self.take(np.arange(len(self), dtype=np.uint32)[number])
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"item {number} of {len(self)}")
-        place = range(len(self))[number]
-        return self._item(place if self.picked is None else int(self.picked[place]))
+            return self.take(np.arange(*number.indices(len(self)), dtype=np.uint32))
+        return self._item(self._place(number))
 
     def __iter__(self) -> Iterator[Item]:
         return map(self._item, range(len(self)) if self.picked is None else map(int, self.picked))
@@ -145,46 +158,107 @@ class Rows(Sequence[Item]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rows) and [*self] == [*other]
 
+    def _place(self, number: int) -> int:
+        """Which row of the table an item is. Raises IndexError."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"item {number} of {len(self)}")
+        place = range(len(self))[number]
+        return place if self.picked is None else int(self.picked[place])
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
+        return dict(zip(self.table.column_names, self.table.columns, strict=True))
+
+    def value(self, name: str, number: int) -> Any:
+        """One value of one item: a sample needs few of them, and an Item takes all."""
+        return self._columns[name][self._place(number)].as_py()
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.value("width", number), self.value("height", number)
+
     def _item(self, place: int) -> Item:
         if self.given is not None:
             return self.given[place]
-        row = {name: column[place].as_py() for name, column in zip(self.table.column_names, self.table, strict=True)}
+        row = {name: column[place].as_py() for name, column in self._columns.items()}
         first, *others = row["captions"]
-        path, content = Path(os.fsdecode(row["path"])), row["content"].hex()
-        return Item(path, first, (row["width"], row["height"]), content, None, tuple(others), self.store, row)
+        path, content, size = self.root / os.fsdecode(row["path"]), row["content"].hex(), (row["width"], row["height"])
+        return Item(path, first, size, content, None, tuple(others), self.store, row)
 
     def take(self, numbers: NDArray[Any]) -> Rows:
         """The items with these numbers, in this order. No column is copied."""
         numbers = numbers.astype(np.uint32)
         picked = numbers if self.picked is None else self.picked[numbers]
-        return Rows(self.table, self.store, self.given, picked, self.file)
+        return replace(self, picked=picked)
+
+    def are_at(self, paths: Iterable[Path]) -> NDArray[np.bool_]:
+        """[N]: whether an item's path is one of these."""
+        root = os.fsencode(self.root / "_")[:-1]  # with its slash; nothing where there is no root
+        within = [name.removeprefix(root) for name in map(os.fsencode, paths) if name.startswith(root)]
+        found: NDArray[np.bool_] = pc.is_in(self.column("path"), pa.array(within, pa.binary())).to_numpy()
+        return found
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of these items, in their order."""
         whole = self.table[name]
-        return whole if self.picked is None else whole.take(pa.array(self.picked))
+        if self.picked is None:
+            return whole
+        parts = [
+            chunk
+            for start in range(0, len(self), AT_ONCE)
+            for chunk in _taken(whole, self.picked[start : start + AT_ONCE]).chunks
+        ]
+        return pa.chunked_array(parts, whole.type)
 
     @property
     def sizes(self) -> NDArray[np.int32]:
         """[N,2] width, height in pixels."""
-        return np.stack([_picked(self.table[name].to_numpy(), self.picked) for name in ("width", "height")], axis=1)
+        return np.stack([self.column(name).to_numpy() for name in ("width", "height")], axis=1)
+
+    @property
+    def lies(self) -> NDArray[np.int64]:
+        """[N]: grows along the files in which the bytes lie, for who reads many images; zeros where each is a file."""
+        names = [name for name in WITHIN if name in self.table.column_names]
+        place = np.zeros(len(self), np.int64)
+        if names:
+            columns = [pc.fill_null(self.column(name), 0).to_numpy() for name in names]
+            place[np.lexsort(columns)] = np.arange(len(self))
+        return place
 
     @property
     def contents(self) -> NDArray[np.uint8]:
         """[N,32]: SHA-256 of each image's bytes."""
-        return _picked(_digests(self.table["content"]), self.picked)
+        return digests(self.column("content"))
+
+    def order(self) -> NDArray[np.int64]:
+        """The items' numbers by content and then by captions, as every source has them."""
+        return ordered(pa.table({name: self.column(name) for name in ("content", "captions")}))
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """Those of each item, of all of them one after the other."""
+        for start in range(0, len(self), AT_ONCE):
+            yield from map(tuple, self[start : start + AT_ONCE].column("captions").to_pylist())
+
+    def joined(self) -> pa.ChunkedArray:
+        """The captions of each item as one string."""
+        return pc.binary_join(self.column("captions"), BETWEEN)
 
 
-def _mapped_again(file: Path, store: Store | None, picked: NDArray[np.uint32] | None) -> Rows:
-    rows = Rows.mapped(file, store)
+def _mapped_again(file: Path, store: Store | None, root: Path, picked: NDArray[np.uint32] | None) -> Rows:
+    rows = Rows.mapped(file, store, root)
     return rows if picked is None else rows.take(picked)
 
 
-def _picked(values: NDArray[Any], picked: NDArray[np.uint32] | None) -> NDArray[Any]:
-    return values if picked is None else values[picked]
+def _taken(column: pa.ChunkedArray, places: NDArray[np.uint32]) -> pa.ChunkedArray:
+    """`places` of a column. Arrow would first join all chunks, so it is given no more than lie between them."""
+    first, last = int(places.min()), int(places.max())
+    between = column.slice(first, last - first + 1)
+    if len(between) == len(places) and (np.diff(places.astype(np.int64)) == 1).all():
+        return between
+    return between.take(pa.array(places - np.uint32(first)))
 
 
-def _digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+def digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     """[N,32] of a column of fixed size, without a copy where it has one chunk."""
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, DIGEST)[chunk.offset : chunk.offset + len(chunk)]
@@ -194,3 +268,19 @@ def _digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     if not parts:
         return np.zeros((0, DIGEST), np.uint8)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def ordered(table: pa.Table) -> NDArray[np.int64]:
+    """The numbers of the rows, by content and then by captions; those without a content come last."""
+    absent = table["content"].is_null().to_numpy()
+    first = np.ascontiguousarray(digests(table["content"])[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+    first[absent] = np.iinfo(np.uint64).max
+    order = np.lexsort((first, absent)) if absent.any() else np.argsort(first, kind="stable")
+    same = first[order[1:]] == first[order[:-1]]
+    tied = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
+    if len(tied):  # copies of a file: the few that need more than the first bytes of their content
+        numbers = order[tied]
+        rows = table.select(["content", "captions"]).take(pa.array(numbers)).to_pylist()
+        keys = [(row["content"] is None, row["content"] or b"", BETWEEN.join(row["captions"] or ())) for row in rows]
+        order[tied] = numbers[sorted(range(len(keys)), key=keys.__getitem__)]
+    return order

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nai_xl.distributed import activity
 from nai_xl.distributed.agreement import Agreement
+from nai_xl.distributed.team import Team, team
 from nai_xl.distributed.weights import Weights
 from nai_xl.interfaces import Ema, Precision, Stateful
 from nai_xl.memory.action import MemoryAction
@@ -162,6 +163,11 @@ class Strategy(Protocol):
         """Return when every rank has got here."""
         ...
 
+    @property
+    def team(self) -> Team:
+        """How the ranks share out work of unequal length."""
+        ...
+
     def keep(self, ema: Callable[..., Ema], parameters: Parameters) -> Ema:
         """The average that this rank keeps, of Wrapped.parameters or of its part of them; NoEma of none, if another
         rank keeps it. ema: called with `parameters`.
@@ -239,6 +245,10 @@ class Ranks:
     def wait(self) -> None:
         with activity.waiting():
             self.accelerator.wait_for_everyone()
+
+    @cached_property
+    def team(self) -> Team:
+        return team(self.rank, self.world)
 
     # --- as it is where every rank holds the whole weights ------------------------------------------------------------
 

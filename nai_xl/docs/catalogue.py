@@ -138,14 +138,15 @@ def _row(target: Callable[..., Any], key: str, name: str, value: Any, written: s
     if parameter is None:
         raise UserError(f"{key}: no parameter '{name}' in {target.__name__}")
     default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-    same = default is parameter.empty or default == value or _written(default) == written
+    made = repr(default) == "<factory>"  # of a dataclass: anew for each
+    same = default is parameter.empty or made or default == value or _written(default) == written
     own = "" if same else _written(default)
     return Parameter(key, in_words(hint(target, parameter.annotation)), written, own, meaning)
 
 
 def _default(text: str, value: yaml.Node) -> str:
     """A value as the yaml has it; of a function named there, its bare name."""
-    if isinstance(value, yaml.MappingNode):
+    if isinstance(value, yaml.MappingNode) and value.value:
         named = {key.value: inner.value for key, inner in value.value}
         return str(named.get("_target_", "")).rpartition(".")[2]
     return " ".join(text[value.start_mark.index : value.end_mark.index].split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -48,6 +48,8 @@ def in_words(hint: Any) -> str:
         return "function"
     if origin is tuple and Ellipsis not in parts:
         return f"list of {len(parts)} {in_words(parts[0])}"
+    if origin is Mapping:
+        return f"names with {in_words(parts[1])}"
     if parts and isinstance(origin, type):
         return f"list of {in_words(parts[0])}"
     if hint is Any:

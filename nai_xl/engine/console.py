@@ -66,9 +66,3 @@ class Screen:
     def end(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def counted(counts: Mapping[str, int], limit: int = 12) -> str:
-    """'3 in 128x128, 2 in 160x96' for name -> count."""
-    shown = [f"{count} in {name}" for name, count in list(counts.items())[:limit]]
-    return ", ".join(shown) + (f", and {len(counts) - limit} more" if len(counts) > limit else "")

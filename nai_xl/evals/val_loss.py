@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nai_xl.data.cache import content_key
-from nai_xl.data.epoch_plan import by_bucket
+from nai_xl.data.epoch_plan import by_bucket, numbered
 from nai_xl.data.loader import Encoded, LatentRef
 from nai_xl.data.rows import Item
 from nai_xl.diffusion.denoiser import predict
@@ -106,7 +106,7 @@ class ValLoss:
         bucket = some[0][1].placement.bucket
         schedule = studio.schedule.for_canvas(bucket.height, bucket.width)
         x0 = torch.stack([encoded.latents_of(ref) for _, ref in some]).to(device)
-        pairs = [encoded.condition(item.caption) for item, _ in some]
+        pairs = [studio.condition(item.caption) for item, _ in some]
         context, pooled = (torch.stack(tensors).to(device) for tensors in zip(*pairs, strict=True))
         time_ids = torch.tensor([ref.placement.time_ids(item.size) for item, ref in some], device=device)
         std = encoded.std.to(device)
@@ -151,7 +151,7 @@ def by_canvas(
     names = {item_name(item) for item in chosen([item for item, _ in encoded.held_out])}
     named = {item_name(item): (item, ref) for item, ref in encoded.held_out}
     pairs = [pair for name, pair in named.items() if name in names]
-    for numbers in by_bucket([ref.placement.bucket for _, ref in pairs]):
+    for numbers in by_bucket(numbered([ref.placement.bucket for _, ref in pairs])):
         for start in range(0, len(numbers), batch):
             yield [pairs[n] for n in numbers[start : start + batch]]
 

@@ -23,7 +23,6 @@ from nai_xl.judge.levels import PREFIX
 from nai_xl.judge.models import Model
 from nai_xl.model.sdxl import load_sdxl
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.text import TextEncoding
 from nai_xl.model.vae import decode_latents
 from nai_xl.optimizer.ema import NoEma
 from nai_xl.sample.painter import as_trained
@@ -96,7 +95,7 @@ class Bench:
         index = self.first.index
         captions = [item.caption for item in index.items]
         texts = chain(chain.from_iterable(e.texts(self.items) for e in self.evals), captions)
-        encoded = replace(self.first, texts=encoder.encode_captions(texts, TextEncoding(model.chunks)))
+        encoded = replace(self.first, texts=encoder.encode_captions(texts, model.chunks))
         self._compare(model, encoder, std, encoded)
         return encoded
 

@@ -1,7 +1,8 @@
 """What counts as a normalised latent: normalised = (raw - mean) / std, with a mean and a std for each channel.
 
-Every option has `dtype`, the autoencoder's precision while it encodes (SDXL's overflows in fp16), and
-`statistics(vae, measure)`, where `measure()` looks at all raw latents of the data and gives their Moments.
+Every option has `dtype`, the autoencoder's precision while it encodes (SDXL's overflows in fp16), `stored`, that of the
+raw latents in the cache (None: bf16 where training computes in it, else fp32), and `statistics(vae, measure)`, where
+`measure()` looks at all raw latents of the data and gives their Moments.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from nai_xl.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
+Stored = Literal["fp32", "bf16", "fp16"]
 Statistics = tuple[Tensor, Tensor]
 """mean and std [C,1,1] float32 of the raw latents, as far as normalisation is concerned."""
 
@@ -69,6 +71,7 @@ class ScaleLatents:
 
     factor: float | None = None
     dtype: Precision = "fp32"
+    stored: Stored | None = None
 
     def __post_init__(self) -> None:
         if self.factor is not None and not 0 < self.factor < math.inf:
@@ -86,6 +89,7 @@ class PerChannelLatents:
     """Each channel shifted and scaled to mean 0 and std 1 over the user's own data. NovelAI V3, 2409.15997."""
 
     dtype: Precision = "fp32"
+    stored: Stored | None = None
 
     def statistics(self, vae: AutoencoderKL, measure: Measure) -> Statistics:
         """Raises UserError where a channel is constant or not finite, so that it cannot be brought to std 1."""
@@ -108,6 +112,7 @@ class GivenLatents:
     mean: list[float]
     std: list[float]
     dtype: Precision = "fp32"
+    stored: Stored | None = None
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, [*self.mean, *self.std])) or min(self.std, default=0) <= 0:

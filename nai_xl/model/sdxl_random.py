@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from nai_xl.interfaces import declare
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.sdxl.configs import SDXL_BASE, check_parts, text_config, unet_skeleton
+from nai_xl.model.sdxl.configs import SDXL_BASE, check_parts, text_config, text_parameters, unet_skeleton
 from nai_xl.model.sdxl.files import read_json
 from nai_xl.model.sdxl.tokenizers import load_tokenizers
 
@@ -22,7 +22,12 @@ def random_skeleton(config: Path | None = None) -> UNet2DConditionModel:
     return unet_skeleton(config or SDXL_BASE)
 
 
-@declare(without_effect=("config",), skeleton=random_skeleton)
+def random_text_parameters(config: Path | None = None) -> int:
+    """Parameters of both text encoders."""
+    return text_parameters(config or SDXL_BASE)
+
+
+@declare(without_effect=("config",), skeleton=random_skeleton, text_parameters=random_text_parameters)
 def sdxl_random(*, seed: int, config: Path | None = None) -> Components:
     """Every part of an SDXL model with weights drawn from `seed`, float32, on the CPU, in eval mode.
 

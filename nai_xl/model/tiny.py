@@ -45,7 +45,13 @@ def tiny_unet_skeleton() -> UNet2DConditionModel:
         return UNet2DConditionModel(**UNET_CONFIG)
 
 
-@declare(skeleton=tiny_unet_skeleton)
+def tiny_text_parameters() -> int:
+    """Parameters of both text encoders."""
+    encoders = _text_encoders(_tokenizer("<|endoftext|>"))
+    return sum(parameter.numel() for encoder in encoders for parameter in encoder.parameters())
+
+
+@declare(skeleton=tiny_unet_skeleton, text_parameters=tiny_text_parameters)
 def tiny_sdxl(*, seed: int) -> Components:
     """A tiny SDXL whose UNet starts random from `seed`; everything else is the same for every seed."""
     with torch.random.fork_rng(devices=[]):

@@ -29,6 +29,7 @@ class Footprint:
     after_backward: int  # alive when the backward pass is done
     flops: int  # of the micro-batch, with what is recomputed
     estimated: bool = False  # activations are not counted but taken from a documented ratio
+    text_encoders: int = 0  # where they stay on the device; not in the peaks
 
     @property
     def phase(self) -> str:
@@ -37,7 +38,7 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        return self.peaks[self.phase]
+        return self.peaks[self.phase] + self.text_encoders
 
     def keeping(self, share: float) -> Footprint:
         """With this share of the activations; nothing falls below what the backward pass ends with."""

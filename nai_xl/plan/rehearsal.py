@@ -106,6 +106,8 @@ class Rehearsal:
         average = self.average(parameters=dict(unet.named_parameters())) if self.average else None
         ema = live.live - weights
         given = inputs(unet, micro.batch, micro.height, micro.width, tokens=micro.tokens, device="cpu")
+        if micro.autocast == torch.bfloat16 or any(action.weights_in == torch.bfloat16 for action in self.actions):
+            self._narrow(given)
         with_inputs = live.live
         step = _Step(live, unet, self._update(unet), self._in_backward, average, given, micro)
         step.prepare()
@@ -123,6 +125,13 @@ class Rehearsal:
             after_backward=step.after_backward,
             flops=live.flops,
         )
+
+    @staticmethod
+    def _narrow(given: dict[str, Any]) -> None:
+        """As the task tells a network that computes in bfloat16 of its texts."""
+        given["encoder_hidden_states"] = given["encoder_hidden_states"].bfloat16()
+        added = given["added_cond_kwargs"]
+        given["added_cond_kwargs"] = {**added, "text_embeds": added["text_embeds"].bfloat16()}
 
     @property
     def _in_backward(self) -> bool:

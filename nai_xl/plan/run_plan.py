@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nai_xl import config
+from nai_xl.data.bucketing import assigned
+from nai_xl.data.report import within
 from nai_xl.engine.gpus import GIB, Gpu
 from nai_xl.engine.loop import RunSettings
 from nai_xl.errors import UserError
@@ -105,11 +107,14 @@ def make(cfg: DictConfig, choices: Mapping[str, str], machines: Machines = Machi
     unet = skeleton()
     on_host = build(cfg.ema, parameters={"weight": nn.Parameter(torch.zeros(1))}).on_host
     rehearsal = Rehearsal(unet, actions, optimizer, None if on_host else build(cfg.ema), settings.max_grad_norm)
-    tokens = 77 * build(cfg.text).chunks
+    text = build(cfg.text)
+    tokens = 77 * text.chunks
     precision = autocast(actions, computed)
     keeps = settings.grad_accum > 1 or machines.world > 1
     footprint = rehearsal.run(Micro(settings.batch_size, worst.height, worst.width, tokens, precision, keeps))
     half = computed != "no" or any(action.weights_in is not None for action in actions)
+    if text.in_step and (count := config.member(cfg.model, "text_parameters", tuple(cfg.plugins))):
+        footprint = replace(footprint, text_encoders=count() * (2 if half else 4))
     forward = by_area(functools.partial(forward_flops, skeleton(), tokens=tokens), canvases)
     shards = build(cfg.distributed).shards
     return RunPlan(choices, settings, footprint, worst, canvases, from_data, forward, half, on_host, shards)
@@ -134,15 +139,15 @@ def skeleton_of(model: DictConfig, plugins: tuple[str, ...] = ()) -> Callable[[]
 def find_canvases(cfg: DictConfig, build: Callable[..., Any]) -> tuple[dict[Bucket, int], bool]:
     """Canvas -> its number of images, and whether a data set said so; without one, each of the bucketing's once.
 
-    Raises UserError for a folder that is not there.
+    Raises UserError for data that are not there.
     """
     bucketing = build(cfg.bucketing)
     folder = None if OmegaConf.is_missing(cfg.data, "dir") else cfg.data.get("dir")
-    if folder:
-        if not Path(folder).is_dir():
-            raise UserError(f"data.dir={folder}: no such folder; leave data.dir out to plan without data")
+    if folder and "://" not in str(folder) and not Path(folder).is_dir():
+        raise UserError(f"data.dir={folder}: no such folder; leave data.dir out to plan without data")
+    if any(key in cfg.data and not OmegaConf.is_missing(cfg.data, key) for key in ("dir", "files", "sources")):
         config.check(cfg, only=["data"])
-        index = build(cfg.data).scan()
-        counts = Counter(bucketing.assign(*item.size) for item in index.items)
-        return dict(sorted(counts.items(), key=lambda pair: -pair[1])), True
+        found = assigned(within(build(cfg.data).scan(), bucketing).items.sizes, bucketing)
+        counts = zip(found.buckets, np.bincount(found.of).tolist(), strict=True)
+        return dict(sorted(counts, key=lambda pair: -pair[1])), True
     return dict.fromkeys(sorted(bucketing.buckets, key=lambda b: (-b.width * b.height, b)), 1), False

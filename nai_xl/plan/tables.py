@@ -35,6 +35,8 @@ def memory_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     f, s = plan.footprint, plan.settings
     yield "UNet", f"{f.parameters:,} parameters"
     yield "weights", gib(f.weights)
+    if f.text_encoders:
+        yield "text encoders", gib(f.text_encoders)
     yield "gradients", gib(f.gradients) if f.gradients else "never all at once"
     yield "optimizer state", gib(f.optimizer)
     if plan.ema_on_host:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -38,7 +39,10 @@ class RunDirectory:
     items/                       what evaluations measured on single items (record.items)
     progress.json                how far the run has been reported and delivered (record.progress)
     run.json, latents.json       the data that the run began with, and the statistics of their latents
+    trained_on.arrow             every image of these data, by hashes (data.drift)
+    data_changes.jsonl           when the run went on with other data
     skipped.csv                  images that could not be used
+    tag_weights.csv              which tags' images count more, and which less, where the images' weights differ
     log.txt                      the output of an arm that a sweep has trained
     checkpoints/ samples/ profile/ pipeline/
     """
@@ -78,6 +82,14 @@ class RunDirectory:
         return self.path / "run.json"
 
     @property
+    def images(self) -> Path:
+        return self.path / "trained_on.arrow"
+
+    @property
+    def data_changes(self) -> Path:
+        return self.path / "data_changes.jsonl"
+
+    @property
     def latents(self) -> Path:
         """mean and std by which the run has normalised its latents from the beginning."""
         return self.path / "latents.json"
@@ -85,6 +97,10 @@ class RunDirectory:
     @property
     def skipped(self) -> Path:
         return self.path / "skipped.csv"
+
+    @property
+    def tag_weights(self) -> Path:
+        return self.path / "tag_weights.csv"
 
     @property
     def log(self) -> Path:
@@ -161,6 +177,12 @@ class RunDirectory:
         with suppress(OSError, ValueError, TypeError, KeyError):
             return str(json.loads(self.params.read_bytes())["params"]["data_fingerprint"])
         return None
+
+    def accept_other_data(self, step: int, what: str) -> None:
+        """From `step` on the run is trained on other data, which claim_data will note. Raises OSError."""
+        with self.data_changes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), "changes": what}) + "\n")
+        self.data.unlink(missing_ok=True)
 
     def claim_data(self, fingerprint: str, images: int) -> None:
         """Note which data the run is trained on. Raises UserError when it was begun with other data."""

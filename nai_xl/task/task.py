@@ -45,6 +45,10 @@ class TrainingData(Protocol):
         """Rows of the table that a run begins with: name -> words."""
         ...
 
+    def figure(self) -> Image.Image | None:
+        """A picture of the data, logged at the start; None for none."""
+        ...
+
     def counted(self) -> str:
         """How much of it was cached, in words."""
         ...

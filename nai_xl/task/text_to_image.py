@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
+from nai_xl.data.report import Report, report, unseen
 from nai_xl.data.rows import Item, Rows
+from nai_xl.data.sample_weights import TagRow, by_tag, write_tags
+from nai_xl.data.sample_weights import in_words as weights_in_words
 from nai_xl.diffusion.diagnosis import diagnose, sentences
 from nai_xl.diffusion.objective import Objective
 from nai_xl.diffusion.sampling import Sampling
@@ -26,12 +31,11 @@ from nai_xl.diffusion.timesteps import strata_of
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.checkpoint import ModuleState
-from nai_xl.engine.console import counted
 from nai_xl.engine.encode import Encoder
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.nonfinite import Sample, Traced
 from nai_xl.errors import UserError, keyed
-from nai_xl.evals import method_figure
+from nai_xl.evals import canvas_figure, method_figure
 from nai_xl.evals.painter import Studio
 from nai_xl.files import write_atomically
 from nai_xl.interfaces import (
@@ -45,14 +49,16 @@ from nai_xl.interfaces import (
     Stateful,
     Tracker,
 )
+from nai_xl.memory.action import MemoryAction
 from nai_xl.model.export import save_pipeline
 from nai_xl.model.flops import by_area, training_flops
-from nai_xl.model.latents import Moments, in_words, read_statistics, write_statistics
+from nai_xl.model.latents import Moments, Stored, in_words, read_statistics, write_statistics
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.text import TextEncoding
+from nai_xl.model.text import LiveEncoders, Tokens
 from nai_xl.model.vae import decode_latents
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.rng import draws
+from nai_xl.task import long_captions
 from nai_xl.task.objective import headline
 from nai_xl.task.task import refuse_other_tasks
 
@@ -69,15 +75,20 @@ class TextToImage:
     objective: Objective
     noise: TrainingNoise
     bucketing: Bucketing
-    captions: Any
-    text: TextEncoding
+    captions: Captions
+    text: Any
     latents: Any
     sample_weights: Callable[..., Tensor]
     sampling: Sampling
     evals: Sequence[Evaluator]
     native: Native
+    precision: Any
+    memory: Sequence[MemoryAction]
+    run: RunSettings
     components: Components = field(init=False, repr=False)
     size: int = field(init=False, repr=False)  # parameters of the UNet
+    live: LiveEncoders | None = field(default=None, init=False, repr=False)  # where the step encodes the text
+    cut: list[str] = field(default_factory=list, init=False)  # a sentence on captions that are too long
 
     def __post_init__(self) -> None:
         edge = self.native.resolution
@@ -85,6 +96,11 @@ class TextToImage:
         self.timesteps = len(self.objective.schedule)
         with keyed("sampling"):  # refuses more steps than there are
             self.objective.schedule.inference_timesteps(self.sampling.steps)
+        if not self.text.in_step and self.captions.texts(()) is None:
+            raise UserError(
+                "text=cached encodes every text beforehand, and these captions vary without end; set text=live, or "
+                "captions=plain"
+            )
 
     def refuse(self, index: Index) -> None:
         refuse_other_tasks(self.evals, "text_to_image", "'evals=[sample_grid]'")
@@ -100,18 +116,24 @@ class TextToImage:
 
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
-        encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, strategy.rank, strategy.world)
-        refs = encoder.latent_refs(index, self.bucketing)
-        found = encoder.encode_images([refs, replace(refs, rows=Rows.of(self._looked_at(index)))])
+        stored: Stored = self.latents.stored or ("bf16" if self.computed is torch.bfloat16 else "fp32")
+        encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
+        bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
+        refs = encoder.latent_refs(index, bucketing)
+        looked_at = self._looked_at(index)
+        found = encoder.encode_images(
+            [refs, replace(refs, rows=Rows.of(looked_at))],
+            beside=lambda: self._bytes_of_texts(index, looked_at, encoder),
+        )
         bad = dict(strategy.gather_objects(list(found.items())))
-        held = [item for item in self._looked_at(index) if item.path not in bad]
+        held = [item for item in looked_at if item.path not in bad]
         index = index.without(bad)
         refuse_empty(index, "data")
-        drawn = chain.from_iterable(self.captions.texts(item.caption) for item in index.items)
-        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
-        texts = encoder.encode_captions(chain(drawn, shown, (item.caption for item in held)), self.text)
+        texts = self._encode_texts(index, held, encoder)
+        if strategy.first:
+            self.cut = long_captions.told(index.items, self.captions, self.components.tokenizers[0], self.text.chunks)
         strategy.wait()
-        refs = encoder.latent_refs(index, self.bucketing)
+        refs = encoder.latent_refs(index, bucketing)
         if run.latents.is_file():  # those that the run began with, whatever has become of the cache
             mean, std = read_statistics(run.latents)
         else:
@@ -122,12 +144,45 @@ class TextToImage:
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
         shown_to = [(item, refs.of(item)[0]) for item in held]
-        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to))
+        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to), strategy.world)
 
-    def samples(self, encoded: Encoded) -> TextImages:
-        """What batches are drawn from, of images and texts that lie in a cache."""
+    def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> dict[str, str]:
+        """The cache keys of all texts; none where they are encoded in the steps, for which all is made ready."""
+        if self.text.in_step:
+            parts, device = self.components, encoder.device
+            self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
+            return {}
+        return encoder.encode_captions(self._texts(index, held), *self._kept)
+
+    def _bytes_of_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> int:
+        return 0 if self.text.in_step else encoder.bytes_of_captions(self._texts(index, held), *self._kept)
+
+    @property
+    def _kept(self) -> tuple[int, Literal["fp32", "bf16"]]:
+        """What encoded texts depend on."""
+        return self.text.chunks, self.text.kept_as(self.computed)
+
+    def _texts(self, index: Index, held: Sequence[Item]) -> Iterator[str]:
+        """All texts that a run may read from the cache, some of them more than once."""
+        drawn = chain.from_iterable(self.captions.texts(several) or () for several in index.items.captions())
+        shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
+        return chain(drawn, shown, (item.caption for item in held))
+
+    def samples(self, encoded: Encoded, world: int = 1) -> TextImages:
+        """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache.
+
+        world: processes that train.
+        """
         strata = functools.partial(strata_of, self.objective.timesteps)
-        return TextImages(encoded, self.captions, self.noise, strata)
+        tokens = self.live.tokens if self.live else None
+        return TextImages(encoded, self.captions, self.noise, strata, self.run, world, tokens)
+
+    @property
+    def computed(self) -> torch.dtype:
+        """What the network computes in."""
+        set_by_action = (action.weights_in for action in self.memory if action.weights_in is not None)
+        autocast = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision.autocast]
+        return next(set_by_action, autocast)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""
@@ -136,8 +191,16 @@ class TextToImage:
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, module: nn.Module, batch: Batch) -> Losses:
-        values, level = self.objective(module, batch)
+        values, level = self.objective(module, self._told(batch))
         return Losses(values, level.t)
+
+    def _told(self, batch: Batch) -> Batch:
+        """The batch with the conditions of its texts, in a precision that the network takes."""
+        if self.live:
+            batch = self.live.encoded(batch)
+        # bfloat16 is what autocast, or a network in it, would round them to; autocast to float16 takes float32 too
+        type = torch.bfloat16 if self.computed == torch.bfloat16 else torch.float32
+        return replace(batch, context=batch.context.to(type), pooled=batch.pooled.to(type))
 
     def traced(self, data: TextImages, sample: Sample, seed: int) -> Traced:
         encoded, item = data.encoded, data.index.items[sample.item]
@@ -149,8 +212,13 @@ class TextToImage:
         t = torch.tensor([sample.axis], dtype=torch.float64)
         level = schedule.at(t.long() if float(sample.axis).is_integer() else t)
         words = f"timestep {sample.axis:.6g}, alpha {level.alpha.item():.4g}, sigma {level.sigma.item():.4g}"
-        entries = {ref.key: f"{item.path}", encoded.texts[text]: f"the text {shortened(text)} of {item.path}"}
+        entries = {ref.key: f"{item.path}"}
+        if not self.live:
+            entries[encoded.texts[text]] = f"the text {shortened(text)} of {item.path}"
         faults = [fault for key, of in entries.items() if (fault := not_finite(encoded.cache, key, of))]
+        if self.live and not all(tensor.isfinite().all() for tensor in self.live.condition(text)):
+            told = f"the text {shortened(text)} of {item.path}"
+            faults.append(f"What the text encoders make of {told} is not finite: set precision=bf16 or fp32.")
         if not encoded.weights[sample.item].isfinite():
             faults.append(f"The sample weight of {item.path} is not finite: set another sample_weights.")
         return Traced(str(item.path), words, " ".join(faults) or None)
@@ -188,7 +256,7 @@ class TextToImage:
             schedule=self.objective.schedule,
             parameterization=self.objective.parameterization,
             sampling=self.sampling,
-            condition=encoded.condition,
+            condition=self.live.condition if self.live else encoded.condition,
             decode=decode,
             ema=state.ema,
             tracker=tracker,
@@ -202,7 +270,7 @@ class TextToImage:
         return {"UNet": f"{self.size:,} parameters on {next(self.components.unet.parameters()).device}"}
 
     def remarks(self) -> Iterable[str]:
-        return sentences(self.on_native, self.native.resolution)
+        return [*sentences(self.on_native, self.native.resolution), *self.cut]
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
         return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))
@@ -228,13 +296,18 @@ class TextToImage:
 class TextImages:
     """Encoded images and captions, and how a sample is drawn from them.
 
-    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none.
+    strata: images of an optimizer step -> over how many positions timesteps are spread evenly; None: over none. run,
+    world: the training that the table at its start tells of. tokens: what the loader tells of texts that the step
+    encodes; None where they are encoded too.
     """
 
     encoded: Encoded
     captions: Any
     noise: TrainingNoise
     strata: Callable[[int], int | None]
+    run: RunSettings
+    world: int
+    tokens: Tokens | None = None
 
     @property
     def index(self) -> Index:
@@ -246,42 +319,73 @@ class TextImages:
 
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[Batch]:
         per_step = settings.images_per_step(strategy.world)
-        buckets = by_bucket(self.encoded.latents.assigned.of.tolist())
         sampler = RankBatches(
-            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            self._plan(settings, strategy.world),
             start=start * per_step,
             batch_size=settings.batch_size,
             rank=strategy.rank,
             world=strategy.world,
         )
-        strata = self.strata(per_step)
-        return batches(self.encoded, self.captions, sampler, workers=settings.workers, strata=strata, noise=self.noise)
+        return batches(
+            self.encoded,
+            self.captions,
+            sampler,
+            workers=settings.workers,
+            strata=self.strata(per_step),
+            noise=self.noise,
+            tokens=self.tokens,
+        )
+
+    def _plan(self, settings: RunSettings, world: int) -> EpochPlan:
+        buckets = by_bucket(self.encoded.latents.assigned.of)
+        return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
+
+    @property
+    def _weighted(self) -> bool:
+        return bool((self.encoded.weights != self.encoded.weights[:1]).any())
+
+    @cached_property
+    def _tags(self) -> list[TagRow]:
+        return by_tag(self.index, self.encoded.weights)
+
+    @cached_property
+    def _report(self) -> Report:
+        return report(self.encoded.latents.bucketing, self.index.items.sizes)
 
     def one_of_each_shape(self, size: int) -> Iterator[Batch]:
         """In the buckets' order by size, whatever the run meets first: graphs depend on the order of shapes, so a run
         that is continued gets those that it had.
         """
-        sample = PositionDataset(self.encoded, self.captions, seed=0)[0, 0]
+        sample = PositionDataset(self.encoded, self.captions, seed=0, tokens=self.tokens)[0, 0]
         generator = torch.Generator().manual_seed(0)
         return (random_batch(sample, bucket, size, generator) for bucket in sorted(self.canvases))
 
     def described(self) -> Mapping[str, str]:
-        encoded = self.encoded
+        encoded, count = self.encoded, len(self.index.items)
         skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
-        images = f"{len(encoded.index.items)}" + (f", {held} more held out" if held else "")
+        images = f"{count}" + (f", {held} more held out" if held else "")
         images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
+        missed = unseen(self._plan(self.run, self.world), positions, merges=encoded.latents.bucketing.merge_small)
         return {
             "images": images,
-            "buckets": counted(encoded.latents.assigned.counts()),
+            **self._report.rows(),
+            **dict(missed),
+            **({"sample weights": weights_in_words(encoded.weights, self._tags)} if self._weighted else {}),
             "raw latents": in_words((encoded.mean, encoded.std)),
         }
 
+    def figure(self) -> Image.Image:
+        return canvas_figure.canvases(self._report, len(self.index.skipped))
+
     def counted(self) -> str:
-        placed = self.encoded.latents.total
-        return f"{placed} latents of {len(self.index.items)} images, {len(self.encoded.texts)} texts"
+        texts = f"{len(self.encoded.texts)} texts" if self.tokens is None else "texts are encoded in the steps"
+        return f"{self.encoded.latents.total} latents of {len(self.index.items)} images, {texts}"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
+        if self._weighted:
+            write_tags(self._tags, run.tag_weights)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
         write_atomically(run.latents, lambda path: write_statistics(path, statistics))
@@ -318,6 +422,7 @@ def random_batch(sample: Batch, bucket: Bucket, batch_size: int, generator: torc
         perturbation=torch.zeros(batch_size, 1, 1, 1),
         context=normal((batch_size, *sample.context.shape[1:]), sample.context),
         pooled=normal((batch_size, *sample.pooled.shape[1:]), sample.pooled),
+        chunks=_repeated(sample.chunks, batch_size),
         time_ids=_repeated(sample.time_ids, batch_size),
         u=torch.rand(batch_size, generator=generator, dtype=torch.float64),
     )

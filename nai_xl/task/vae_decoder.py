@@ -24,13 +24,14 @@ from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, refuse_empty, refuse_without_pictures
 from nai_xl.data.loader import RankBatches, whole_batches
 from nai_xl.data.pixels import PixelBatch, PixelDataset, unreadable
+from nai_xl.data.report import Report, report, unseen
 from nai_xl.data.rows import Item
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
-from nai_xl.engine.console import counted
 from nai_xl.engine.loop import RunSettings
 from nai_xl.engine.nonfinite import Sample, Traced
 from nai_xl.errors import UserError
+from nai_xl.evals import canvas_figure
 from nai_xl.evals.reconstruction import AutoencoderStudio
 from nai_xl.interfaces import Bucketing, Evaluator, Losses, Stateful, Tracker
 from nai_xl.memory.action import MemoryAction
@@ -57,6 +58,7 @@ class VaeDecoder:
     bucketing: Bucketing
     evals: Sequence[Evaluator]
     memory: Sequence[MemoryAction]
+    run: RunSettings
     trained: Literal["decoder", "all"] = "decoder"
     latent_noise: Share = 0.0
     channel_pull: Share = 0.0
@@ -95,7 +97,8 @@ class VaeDecoder:
         index = index.without(bad)
         refuse_empty(index, "data")
         held = [item for item in looked_at if item.path not in bad]
-        return Pictures(index, self.bucketing, self.zoom, self.recolour, held)
+        bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
+        return Pictures(index, bucketing, self.zoom, self.recolour, held, self.run, strategy.world)
 
     def _looked_at(self, index: Index) -> list[Item]:
         """The held-out images that evaluators look at."""
@@ -160,15 +163,16 @@ class Pictures:
     zoom: float
     recolour: bool
     held_out: Sequence[Item]
+    run: RunSettings
+    world: int
 
     @cached_property
     def _assigned(self) -> Assigned:
         return assigned(self.index.items.sizes, self.bucketing)
 
     def batches(self, settings: RunSettings, strategy: Strategy, *, start: int) -> DataLoader[PixelBatch]:
-        buckets = by_bucket(self._assigned.of.tolist())
         sampler = RankBatches(
-            EpochPlan(buckets, settings.seed, settings.chunk_size(strategy.world)),
+            self._plan(settings, strategy.world),
             start=start * settings.images_per_step(strategy.world),
             batch_size=settings.batch_size,
             rank=strategy.rank,
@@ -176,6 +180,14 @@ class Pictures:
         )
         dataset = PixelDataset(self.index, self.bucketing, settings.seed, zoom=self.zoom, recolour=self.recolour)
         return whole_batches(dataset, sampler, workers=settings.workers)
+
+    def _plan(self, settings: RunSettings, world: int) -> EpochPlan:
+        buckets = by_bucket(self._assigned.of)
+        return EpochPlan(buckets, settings.seed, settings.chunk_size(world))
+
+    @cached_property
+    def _report(self) -> Report:
+        return report(self.bucketing, self.index.items.sizes)
 
     def one_of_each_shape(self, size: int) -> Iterator[PixelBatch]:
         generator = torch.Generator().manual_seed(0)
@@ -185,15 +197,18 @@ class Pictures:
             yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
 
     def described(self) -> Mapping[str, str]:
-        skipped = f" ({len(self.index.skipped)} skipped, listed in skipped.csv)" if self.index.skipped else ""
-        return {
-            "images": f"{len(self.index.items)}{skipped}",
-            "buckets": counted(self._assigned.counts()),
-        }
+        count, skips = len(self.index.items), len(self.index.skipped)
+        skipped = f" ({skips} skipped, listed in skipped.csv)" if skips else ""
+        positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
+        missed = unseen(self._plan(self.run, self.world), positions, merges=self.bucketing.merge_small)
+        return {"images": f"{count}{skipped}", **self._report.rows(), **dict(missed)}
+
+    def figure(self) -> Image.Image:
+        return canvas_figure.canvases(self._report, len(self.index.skipped))
 
     def counted(self) -> str:
         return "nothing, this task reads the pictures themselves"
 
     def write(self, run: RunDirectory) -> None:
-        self.index.write_skipped(run.skipped)
+        self.index.skipped.write(run.skipped)
         run.claim_data(self.index.fingerprint(), len(self.index.items))

@@ -41,6 +41,7 @@ from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
 from nai_xl.tracker.jsonl import NoTracker
+from nai_xl.training.drift import Drift
 from nai_xl.training.restoring import Restoring
 
 
@@ -73,11 +74,13 @@ class Session:
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)
         found = checkpoints.latest_step()
         # as the first rank finds it: others may have looked before it held the lock, while another process trained
-        done, delivered = strategy.gather_objects([(found, self.progress.has_delivered(steps))])[0]
+        mine = (found, self.progress.has_delivered(steps), Drift.since(home, index))
+        done, delivered, drift = strategy.gather_objects([mine])[0]
         if done >= steps and delivered:
-            self._say_finished(done, steps)
+            self._say_finished(done, steps, drift)
             return
         self._refuse_shorter(done, steps)
+        drift.refuse(index)
         continued = home.config.is_file()
         if strategy.first:
             self.note.begin()
@@ -89,7 +92,9 @@ class Session:
         activity.doing("preparing the data")
         data = spec.task.prepare(index, spec.cache, strategy, home)
         if strategy.first:
+            self.screen.say(*drift.accept(home, index, data.index, done))
             data.write(home)
+            drift.note(home, index)
         with checkpoints, self._reporting(index) as tracker:
             activity.doing("building the training")
             trainable = spec.adapter(network)
@@ -270,7 +275,7 @@ class Session:
         if self.environment:
             rows["environment"] = "\n".join(self.environment)
         self.screen.table("nai_xl", rows)
-        self.screen.say(*task.remarks(), *remarks)
+        self.screen.say(*data.index.remarks, *task.remarks(), *remarks)
         if world == 1 and self.spec.distributed.several:
             option = self.choices.get("distributed", "ddp")
             self.screen.say(
@@ -278,11 +283,18 @@ class Session:
             )
         if start == 0 and self.strategy.first and not self.spec.cfg.sweep.name:
             self._say_kin(run.batch_size * world)
-        if start == 0 and self.strategy.first and (figure := task.figure(self.choices)):
-            tracker.figure("method", 0, figure)
+        if start == 0 and self.strategy.first:
+            for name, figure in (("method", task.figure(self.choices)), ("canvases", data.figure())):
+                if figure:
+                    tracker.figure(name, 0, figure)
 
     def _say_kin(self, wide: int) -> None:
-        """That an unfinished run is the same but for its pace: most likely, another number of processes trained it."""
+        """That a run is the same but for a default of an earlier version, or an unfinished one but for its pace: most
+        likely, another number of processes trained it.
+        """
+        if former := config.begun_with_former(self.spec.cfg, self.choices):
+            path, overrides = former
+            self.screen.say(f"{path} is this run with the defaults of an earlier version; {overrides} continues it")
         for path, pace in config.unfinished_kin(self.spec.cfg, self.home.path).items():
             accum, rest = divmod(pace.images_per_step, wide)
             how = "" if rest or not accum else f"; run.grad_accum={accum} run.chunk={pace.chunk} continues that one"
@@ -291,11 +303,12 @@ class Session:
                 f"begins anew with {self.pace.pace.images_per_step} in chunks of {self.pace.pace.chunk}{how}"
             )
 
-    def _say_finished(self, done: int, steps: int) -> None:
+    def _say_finished(self, done: int, steps: int, drift: Drift) -> None:
         self.note.seen_finished(done, self.pace.pace.images_per_step)
         more = f", more than the {steps} asked for; name=NAME begins a shorter one" if done > steps else ""
         longer = "continues it" if config.open_ended(self.spec.cfg) else "with this lr is another run"
         self.screen.say(f"finished: this run has {done} steps{more}; a larger run.max_images {longer}")
+        self.screen.say(*drift.said_of_finished())
         self._say_where(())
 
     def _say_where(self, lines: Sequence[str]) -> None:

@@ -11,6 +11,10 @@ OPTIONS = [(path.parent.name, path.stem) for path in sorted(config.conf_dir().gl
 NEEDED = {
     ("model", "sdxl"): ["model.path=x"],
     ("data", "folder"): ["data.dir=."],
+    ("data", "shards"): ["data.files=x"],
+    ("data", "table"): ["data.files=x"],
+    ("data", "datasets"): ["data.dir=x"],
+    ("data", "mix"): ["+data@data.sources.x=sample"],
     ("recipe", "sdxl_nai_v3"): ["model.path=x", "data.dir=."],
 }
 PRESETS = ("debug", "experiment", "hardware", "recipe", "model")  # they set more than their own group

@@ -19,11 +19,12 @@ from tests.config.options import composed
 
 STORED = Path(__file__).parent / "stored_by_0_1"
 TARGETS = (STORED / "targets.txt").read_text().split()
+HALF = "bucketing.scheme=half"  # the buckets that 0.1 had
 # the file -> what makes the same run today, and the directory in which 0.1 had it
 RUNS = {
-    "default": ((), "tiny-ztsnr-v-minsnr-2816015e"),
-    "gpu_12gb": (("hardware=gpu_12gb",), "tiny-ztsnr-v-minsnr-107ec805"),
-    "bf16": (("precision=bf16", "loss=uncertainty", "lr.warmup=3"), "tiny-ztsnr-v-uncertainty-bbe5dce9"),
+    "default": ((HALF,), "tiny-ztsnr-v-minsnr-2816015e"),
+    "gpu_12gb": (("hardware=gpu_12gb", HALF), "tiny-ztsnr-v-minsnr-107ec805"),
+    "bf16": (("precision=bf16", "loss=uncertainty", "lr.warmup=3", HALF), "tiny-ztsnr-v-uncertainty-bbe5dce9"),
 }
 every_run = pytest.mark.parametrize("name", RUNS)
 
@@ -107,6 +108,33 @@ def test_a_run_of_0_1_is_continued_where_it_lies(name: str, outputs: Path) -> No
     assert other.parent == outputs and not other.exists()
 
 
+def test_a_run_with_the_defaults_of_an_earlier_version_is_named(outputs: Path) -> None:
+    def former(*overrides: str) -> tuple[Path, str] | None:
+        (point,) = config.combinations([f"output_dir={outputs}", *overrides])
+        return config.begun_with_former(point[2], point[1])
+
+    assert former() == (outputs / RUNS["default"][1], HALF)
+    assert former(HALF) is None and former("run.seed=1") is None and former("bucketing=square") is None
+
+
+@pytest.mark.parametrize("begun", [["text.chunks=3"], ["text.chunks=3", HALF]], ids=["text", "text and buckets"])
+def test_a_run_that_was_begun_with_cached_text_is_named(begun: list[str], outputs: Path) -> None:
+    (outputs / place(outputs, *begun).name).mkdir()
+    (point,) = config.combinations([f"output_dir={outputs}", "text=live", "text.chunks=3"])
+    words = "text=cached" if len(begun) == 1 else f"{HALF} text=cached"
+    assert config.begun_with_former(point[2], point[1]) == (place(outputs, *begun), words)
+    (other,) = config.combinations([f"output_dir={outputs}", "text=live", "text.chunks=2"])
+    assert config.begun_with_former(other[2], other[1]) is None
+
+
+def test_a_stored_config_of_0_1_has_the_buckets_that_it_was_trained_on() -> None:
+    assert "scheme" not in stored("default").bucketing
+    now, before = (config.build(cfg.bucketing) for cfg in (composed(), config.upgraded(stored("default"))))
+    assert before == config.build(composed(HALF).bucketing)
+    assert [b.name for b in before.buckets] == ["64x256", "96x160", "128x128", "160x96", "256x64"]
+    assert {*before.buckets} < {*now.buckets}
+
+
 def test_once_continued_it_is_still_the_same_run(outputs: Path) -> None:
     """This version writes config.yaml and arm.json anew; the directory's name stays."""
     folder = outputs / RUNS["default"][1]
@@ -129,9 +157,9 @@ def test_where_the_rate_depends_on_the_length_a_longer_run_is_another(outputs: P
     text = file.read_text()
     assert "nai_xl.engine.optimizer.constant" in text
     file.write_text(text.replace("nai_xl.engine.optimizer.constant", "nai_xl.engine.optimizer.linear"))
-    assert place(outputs, "lr=linear") == file.parent
-    assert place(outputs, "lr=linear", "run.max_images=20000") != file.parent
-    assert place(outputs) != file.parent
+    assert place(outputs, "lr=linear", HALF) == file.parent
+    assert place(outputs, "lr=linear", HALF, "run.max_images=20000") != file.parent
+    assert place(outputs, HALF) != file.parent
 
 
 def test_only_what_0_1_made_is_parsed_and_once(outputs: Path) -> None:

@@ -1,5 +1,6 @@
 """The epoch plan: every image equally often, one bucket a chunk, the same from wherever one starts."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Hashable
 from itertools import islice
@@ -9,16 +10,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
+from nai_xl.data.loader import RankBatches
 
 SIZES = st.lists(st.integers(1, 13), min_size=1, max_size=4)
+ORDER = [[0, 9, 3, 6], [4, 7, 1, 4], [5, 8, 2, 5]]  # epoch 1 of buckets of 4, 3 and 3 images, seed 0, chunk 4
 few = settings(deadline=None, max_examples=60)
 
 
 def plan(sizes: list[int], seed: int = 0, chunk: int = 4) -> EpochPlan:
     """Buckets of these sizes, their items interleaved as in a real index."""
     names = sorted((i % size, b) for b, size in enumerate(sizes) for i in range(size))
-    return EpochPlan(by_bucket([b for _, b in names]), seed, chunk)
+    return EpochPlan(by_bucket(numbered([b for _, b in names])), seed, chunk)
 
 
 def head(p: EpochPlan, chunks: int, position: int = 0) -> list[tuple[int, list[int]]]:
@@ -26,7 +29,7 @@ def head(p: EpochPlan, chunks: int, position: int = 0) -> list[tuple[int, list[i
 
 
 def test_buckets_hold_every_item_once_in_order_of_first_appearance() -> None:
-    found = by_bucket(["b", "a", "b", "c", "a", "b"])
+    found = by_bucket(numbered(["b", "a", "b", "c", "a", "b"]))
     assert [items.tolist() for items in found] == [[0, 2, 5], [1, 4], [3]]
 
 
@@ -36,9 +39,9 @@ def test_grouping_equals_its_plain_definition(buckets: list[Hashable]) -> None:
     expected: dict[Hashable, list[int]] = {}
     for number, bucket in enumerate(buckets):
         expected.setdefault(bucket, []).append(number)
-    found = by_bucket(buckets)
+    found = by_bucket(numbered(buckets))
     assert [items.tolist() for items in found] == list(expected.values())
-    assert all(items.dtype == np.int64 for items in found)
+    assert all(items.dtype == np.uint32 for items in found)
 
 
 @few
@@ -93,6 +96,41 @@ def test_order_changes_with_the_epoch_and_with_the_seed(count: int, seed: int, c
     assert sorted(first) == sorted(second) == sorted(other) == list(range(count))
     assert first != second
     assert first != other
+
+
+def test_the_order_is_that_of_every_version_before() -> None:
+    """Whoever changes it makes every run that there is another one."""
+    assert plan([4, 3, 3]).epoch(1).tolist() == ORDER
+    p = EpochPlan(by_bucket(np.array([(i * i) % 7 for i in range(1000)])), 20240923, 16)
+    whole = hashlib.sha256(b"".join(p.epoch(e).astype(np.int64).tobytes() for e in (0, 1, 2, 57)))
+    assert whole.hexdigest()[:16] == "8ffbc7d64e4b4da9"
+
+
+@few
+@given(sizes=SIZES, seed=st.integers(0, 99), worlds=st.permutations([1, 2, 4, 8]), size=st.integers(1, 2),
+       start=st.integers(0, 6))  # fmt: skip
+def test_at_equal_chunk_any_number_of_processes_trains_the_same_samples_in_the_same_order(
+    sizes: list[int], seed: int, worlds: list[int], size: int, start: int
+) -> None:
+    """16 images a chunk, from any micro-batch of 16 on: all ranks together, in the order of positions."""
+
+    def trained(world: int, batch_size: int) -> list[tuple[int, int]]:
+        p = plan(sizes, seed, chunk=16)
+        ranks = [RankBatches(p, start=16 * start, batch_size=batch_size, rank=r, world=world) for r in range(world)]
+        rounds = zip(*ranks, strict=True)
+        return [pair for some in islice(rounds, 48 // (batch_size * world)) for rank in some for pair in rank]
+
+    assert trained(worlds[0], size) == trained(worlds[1], 1) == trained(1, 16)
+
+
+@few
+@given(sizes=SIZES, seed=st.integers(0, 99), chunk=st.integers(1, 9), chunks=st.integers(0, 30))
+def test_images_that_a_run_sees_are_counted_without_running(
+    sizes: list[int], seed: int, chunk: int, chunks: int
+) -> None:
+    p = plan(sizes, seed, chunk)
+    seen = {i for _, items in head(p, chunks) for i in items}
+    assert p.seen(chunks * chunk).tolist() == [len(seen & {*items.tolist()}) for items in p.buckets]
 
 
 def test_chunks_of_different_buckets_are_mixed() -> None:

@@ -33,7 +33,7 @@ def put(folder: Path, name: str, image: Image.Image | None = None, caption: str 
 
 def only(folder: Path) -> tuple[str, str]:
     """File name and reason of the one skipped image."""
-    (skip,) = scan(folder, min_side=16).skipped
+    (skip,) = scan(folder).skipped
     return skip.path.name, skip.reason
 
 
@@ -53,7 +53,7 @@ def test_exif_rotation_is_applied_to_the_picture_and_its_size(tmp_path: Path, su
     path = put(tmp_path, f"turned{suffix}", exif=exif, quality=95)
     expected = picture() if orientation == 1 else picture().transpose(Image.Transpose(turns[orientation]))
     assert_near(open_rgb(path), expected, 4)
-    assert scan(tmp_path, min_side=16).items[0].size == expected.size
+    assert scan(tmp_path).items[0].size == expected.size
 
 
 @pytest.mark.parametrize("value", [0, 9, 1000])
@@ -61,7 +61,7 @@ def test_meaningless_exif_rotation_is_ignored_by_size_and_picture_alike(tmp_path
     exif = Image.Exif()
     exif[ORIENTATION] = value
     path = put(tmp_path, "odd.jpg", exif=exif)
-    assert scan(tmp_path, min_side=16).items[0].size == open_rgb(path).size == (40, 24)
+    assert scan(tmp_path).items[0].size == open_rgb(path).size == (40, 24)
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
@@ -119,9 +119,10 @@ def test_images_are_found_below_the_folder_by_any_case_of_their_suffix(tmp_path:
     for name in ("b/2.PNG", "b/10.png", "a/z.JPEG", "c.webp"):
         put(tmp_path, name, caption=f"  {name}\n")
     (tmp_path / "notes.md").write_text("not an image")
-    index = scan(tmp_path, min_side=16)
+    index = scan(tmp_path)
     assert {item.caption for item in index.items} == {"c.webp", "a/z.JPEG", "b/10.png", "b/2.PNG"}
-    assert not index.skipped
+    assert [(row.path.name, row.reason) for row in index.skipped] == [("notes.md", "not an image")]
+    assert index.remarks == ["not images: 1 .md; listed in skipped.csv"]
 
 
 def test_captions_may_be_empty_or_in_any_script_or_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -129,16 +130,16 @@ def test_captions_may_be_empty_or_in_any_script_or_begin_with_a_byte_order_mark(
     for i, caption in enumerate(captions):
         put(tmp_path, f"{i}.png", caption=caption)
     put(tmp_path, "3.png").with_suffix(".txt").write_text("a dog", encoding="utf-8-sig")
-    assert {item.caption for item in scan(tmp_path, min_side=16).items} == {*captions, "a dog"}
+    assert {item.caption for item in scan(tmp_path).items} == {*captions, "a dog"}
 
 
 def test_a_renamed_file_keeps_its_place(tmp_path: Path) -> None:
     for i in range(5):
         put(tmp_path, f"{i}.png", caption=f"number {i}")
-    before = [item.caption for item in scan(tmp_path, min_side=16).items]
+    before = [item.caption for item in scan(tmp_path).items]
     (tmp_path / "0.png").rename(tmp_path / "z.png")
     (tmp_path / "0.txt").rename(tmp_path / "z.txt")
-    assert [item.caption for item in scan(tmp_path, min_side=16).items] == before
+    assert [item.caption for item in scan(tmp_path).items] == before
 
 
 def test_missing_and_undecodable_captions_are_skipped_with_a_reason(tmp_path: Path) -> None:
@@ -147,10 +148,13 @@ def test_missing_and_undecodable_captions_are_skipped_with_a_reason(tmp_path: Pa
     bare.unlink()
     assert only(tmp_path) == ("bare.png", "no caption file bare.txt")
     bare.write_bytes("schöne Katze".encode("latin-1"))
-    assert only(tmp_path) == ("bare.png", "caption file bare.txt is not UTF-8")
+    assert only(tmp_path) == (
+        "bare.png",
+        "caption file bare.txt is not UTF-8; data.encoding=cp1252 reads what Windows has written",
+    )
     bare.unlink()
     bare.mkdir()
-    assert only(tmp_path)[1].startswith("caption file bare.txt cannot be read: ")
+    assert only(tmp_path) == ("bare.png", "no caption file bare.txt")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
@@ -179,19 +183,19 @@ def test_truncated_image_is_refused_when_it_is_read_whole(tmp_path: Path, suffix
 
 def test_images_that_turn_out_unusable_leave_the_index_with_their_reasons(tmp_path: Path) -> None:
     paths = [put(tmp_path, f"{i}.png") for i in range(3)]
-    index = scan(tmp_path, min_side=16).without({paths[1]: "not a whole image"})
+    index = scan(tmp_path).without({paths[1]: "not a whole image"})
     assert [item.path for item in index.items] == [paths[0], paths[2]]
-    index.write_skipped(tmp_path / "skipped.csv")
+    index.skipped.write(tmp_path / "skipped.csv")
     with (tmp_path / "skipped.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [["file", "reason"], [str(paths[1]), "not a whole image"]]
 
 
 def test_folder_without_usable_images_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dir=.*no images"):
-        scan(tmp_path, min_side=16)
+        scan(tmp_path)
     put(tmp_path, "bare.png").with_suffix(".txt").unlink()
     with pytest.raises(UserError, match=r"none of 1 images can be used\. bare\.png: no caption file bare\.txt"):
-        scan(tmp_path, min_side=16)
+        scan(tmp_path)
 
 
 def test_fingerprint_follows_pixels_and_captions_and_not_names(tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_fingerprint_follows_pixels_and_captions_and_not_names(tmp_path: Path) -
     put(first, "b.png", picture(40, 40), caption="two")
 
     def fingerprint(folder: Path) -> str:
-        return scan(folder, min_side=16).fingerprint()
+        return scan(folder).fingerprint()
 
     second = shutil.copytree(first, tmp_path / "second")
     for suffix in (".png", ".txt"):
@@ -230,7 +234,7 @@ def test_a_caption_of_megabytes_is_skipped_unread_and_named_with_the_override(
         Path, "read_text", lambda path, **how: pytest.fail("read") if path == long else read(path, **how)
     )
     assert only(tmp_path) == ("long.png", f"caption file of {long.stat().st_size} bytes; data.max_caption is 65536")
-    assert len(scan(tmp_path, min_side=16, max_caption=65535).skipped) == 2
+    assert len(scan(tmp_path, max_caption=65535).skipped) == 2
 
 
 def test_a_picture_above_the_limit_is_named_with_the_override_that_raises_it(
@@ -239,7 +243,7 @@ def test_a_picture_above_the_limit_is_named_with_the_override_that_raises_it(
     put(tmp_path, "small.png")
     huge = put(tmp_path, "huge.png", Image.new("1", (20000, 10001)))  # more than Pillow opens by itself
     assert only(tmp_path) == ("huge.png", "20000x10001 pixels; data.max_megapixels is 100")
-    assert {item.path.name for item in scan(tmp_path, min_side=16, max_megapixels=201).items} == {
+    assert {item.path.name for item in scan(tmp_path, max_megapixels=201).items} == {
         "small.png",
         huge.name,
     }

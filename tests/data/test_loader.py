@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nai_xl.data import loader
+from nai_xl.data.bucketing import Canvases
 from nai_xl.data.cache import MemoryCache
-from nai_xl.data.captions import PlainCaptions
-from nai_xl.data.epoch_plan import EpochPlan, by_bucket
+from nai_xl.data.captions import Captions, PlainCaptions
+from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 from nai_xl.data.index import Index
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
@@ -29,8 +31,11 @@ WIDE, TALL = Bucket(48, 32), Bucket(32, 48)
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1), torch.tensor([2.0, 0.5, 4.0, 1.0]).view(4, 1, 1)
 
 
-class ByTurns:
+class ByTurns(Canvases):
     """Canvases of images that are 100, 101, ... pixels wide."""
+
+    def buckets_of(self, sizes: NDArray[np.int32]) -> NDArray[np.uint16]:
+        return (sizes[:, 0] % 2).astype(np.uint16)
 
     def assign(self, width: int, height: int) -> Bucket:
         return TALL if width % 2 else WIDE
@@ -54,12 +59,14 @@ def encoded(count: int = 10) -> Encoded:
             latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=generator)
             cache.put(f"latent {i} {crop}", {"latents": latents})
     index = Index(items)
-    placed = Placed(index.items, ByTurns(), lambda content, place: f"latent {int(content, 16)} {place.crop[0]}")
+    placed = Placed(
+        index.items, ByTurns([(WIDE, TALL)]), lambda content, place: f"latent {int(content, 16)} {place.crop[0]}"
+    )
     return Encoded(index, placed, texts, cache, MEAN, STD, torch.arange(1.0, count + 1))
 
 
 def plan(data: Encoded, chunk: int, seed: int = 3) -> EpochPlan:
-    return EpochPlan(by_bucket([row[0].placement.bucket for row in data.latents]), seed, chunk)
+    return EpochPlan(by_bucket(numbered([row[0].placement.bucket for row in data.latents])), seed, chunk)
 
 
 def take(count: int, *, start: int = 0, batch_size: int = 2, workers: int = 0, chunk: int = 4) -> list[Batch]:
@@ -143,12 +150,12 @@ def test_micro_batch_size_changes_no_sample() -> None:
         assert all(torch.equal(a, getattr(b, field.name)) for a, b in zip(parts, large, strict=True)), field.name
 
 
-def one_by_one(data: Encoded, captions: PlainCaptions, noise: TrainingNoise, strata: int | None, at: int) -> Batch:
+def one_by_one(data: Encoded, captions: Captions, noise: TrainingNoise, strata: int | None, at: int) -> Batch:
     """Position `at` of seed 1, image at % 5 * 2, by the definitions of every field."""
     draw, number = draws(1, at), at % 5 * 2
     item, refs = data.index.items[number], data.latents[number]
     ref = refs[draw.choice("placement", len(refs))]
-    raw, text = data.cache.get(ref.key), data.cache.get(data.texts[captions.pick(item.caption, draw)])
+    raw, text = data.cache.get(ref.key), data.cache.get(data.texts[captions.pick(item.captions, draw)])
     assert raw is not None and text is not None
     latents = (raw["latents"].float() - data.mean) / data.std
 
@@ -253,9 +260,9 @@ def test_one_image_is_seen_with_and_without_its_caption() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 1.0])
 def test_captions_are_dropped_at_their_rate_and_independently_of_the_timestep(dropout: float) -> None:
     captions = PlainCaptions(dropout)
-    dropped = np.array([captions.pick("a cat", draws(0, position)) == "" for position in range(20_000)])
+    dropped = np.array([captions.pick(("a cat",), draws(0, position)) == "" for position in range(20_000)])
     assert abs(dropped.mean() - dropout) <= 4 * (dropout * (1 - dropout) / 20_000) ** 0.5
-    assert set(captions.texts("a cat")) == {"a cat", ""}
+    assert set(captions.texts(("a cat",)) or []) == {"a cat", ""}
     if 0 < dropout < 1:
         u = np.array([draws(0, position).u for position in range(20_000)])
         assert abs(np.corrcoef(u, dropped)[0, 1]) < 0.03

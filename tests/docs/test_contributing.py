@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
+    for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:  # from another test's folder
+        monkeypatch.delitem(sys.modules, name)
     return tmp_path / "mine"
 
 

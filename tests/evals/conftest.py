@@ -67,7 +67,9 @@ def studio(tmp_path: Path) -> Callable[..., Studio]:
                 "schedule": ztsnr(scaled_linear()),
                 "parameterization": V(),
                 "sampling": Sampling(),
-                "condition": lambda text: (torch.zeros(77, 6), torch.zeros(5)),
+                "condition": lambda text: (
+                    encoded.condition(text) if text in texts else (torch.zeros(77, 6), torch.zeros(5))
+                ),
                 "decode": grey,
                 "device": torch.device("cpu"),
                 "ema": NoEma({}),

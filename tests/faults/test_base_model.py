@@ -59,7 +59,7 @@ def test_an_option_of_a_plug_in_is_looked_at_before_anything_is_encoded(
     monkeypatch.syspath_prepend(tmp_path / "mine")
     with pytest.raises(UserError, match=r"not finite: vae: decoder\.conv_out\.bias \(3 of 3 numbers\)"):
         train(small("model._target_=broken.model", "plugins=[broken]", "cache.dir=cache"), {})
-    assert not list((tmp_path / "cache").glob("*/*.safetensors"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_large_weights_are_finite_and_every_broken_part_is_named() -> None:

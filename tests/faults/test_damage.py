@@ -1,6 +1,7 @@
 """Damaged checkpoints and cache entries: named, set aside or made anew, and never trained on."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from nai_xl import precompute
 from nai_xl.engine.checkpoint import LocalCheckpoints
 from nai_xl.errors import UserError
 from nai_xl.train import train
@@ -160,16 +162,18 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been_and_says_so
     assert (left["rows"], left["state"]) == (undisturbed["rows"], undisturbed["state"])
 
 
+def shards_of_latents(cache: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(cache.rglob("latents-*.safetensors"))}
+
+
 def test_a_damaged_latent_is_made_anew_at_the_start_and_the_losses_are_the_same(
     hurt: Compose, tmp_path: Path, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
     folder = train(hurt("output_dir=bad", f"cache.dir={cache}", "run.max_images=8"), {})
-    latent = next(path for path in sorted(cache.rglob("*.safetensors")) if "latents" in load_file(path))
-    whole = latent.read_bytes()
-    rewritten(latent, lambda content: content[:-40] + bytes(40))
+    latents, *_ = shards_of_latents(cache)
+    rewritten(latents, lambda content: content[:-40] + bytes(40))
     train(hurt("output_dir=bad", f"cache.dir={cache}"), {})
-    assert latent.read_bytes() == whole
     assert "1 damaged entry made anew" in capsys.readouterr().err
     assert left_by(folder)["rows"] == undisturbed["rows"]
 
@@ -180,15 +184,34 @@ def test_a_latent_that_is_damaged_during_training_is_named_and_the_same_command_
     cache = tmp_path / "cache"
     monkeypatch.setattr("nai_xl.engine.encode.READ_FIRST", 0)  # as where there are too many to read them first
     folder = train(hurt("output_dir=bad", f"cache.dir={cache}", "run.max_images=8"), {})
-    whole = {path: path.read_bytes() for path in cache.rglob("*.safetensors") if "latents" in load_file(path)}
+    whole = shards_of_latents(cache)
     for path in whole:
-        rewritten(path, lambda content: flipped(content, -3))
-    with pytest.raises(UserError, match=r"cached entry .* same command again, which makes it anew") as raised:
+        rewritten(path, lambda content: content[:4096] + bytes(byte ^ 1 for byte in content[4096:]))
+    with pytest.raises(UserError, match=r"cached entry .* same command again, which makes it anew"):
         train(hurt("output_dir=bad", f"cache.dir={cache}"), {})
-    (gone,) = (path for path in whole if not path.exists())
-    assert gone.stem in str(raised.value)
-    for path in whole.keys() - {gone}:
-        path.write_bytes(whole[path])
+    for path, content in whole.items():
+        path.write_bytes(content)
     train(hurt("output_dir=bad", f"cache.dir={cache}"), {})
-    assert gone.read_bytes() == whole[gone]
     assert left_by(folder)["rows"] == undisturbed["rows"]
+
+
+def test_verify_lists_what_is_damaged_by_file_and_discards_it(
+    hurt: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = hurt(f"cache.dir={tmp_path / 'cache'}")
+    with pytest.raises(UserError, match=r"0 entries are whole, and \d+ are not there yet: .*precompute"):
+        precompute.verify(cfg, {})
+    precompute.precompute(cfg, {})
+    precompute.verify(cfg, {})
+    count = int(re.search(r"verified: (\d+) entries", capsys.readouterr().out)[1])  # type: ignore[index]
+    files = [*shards_of_latents(tmp_path / "cache")][:2]
+    for path in files:
+        rewritten(path, lambda content: flipped(content, -3))
+    with pytest.raises(UserError) as told:
+        precompute.verify(cfg, {})
+    *lines, last = str(told.value).splitlines()
+    assert [line.partition(": row ")[0] for line in lines] == [str(path) for path in files]
+    assert all("(wrong checksum)" in line for line in lines) and f"2 of {count} entries are damaged" in last
+    precompute.precompute(cfg, {})
+    assert "2 damaged entries made anew" in capsys.readouterr().err
+    precompute.verify(cfg, {})

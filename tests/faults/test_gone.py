@@ -64,10 +64,16 @@ def test_a_data_folder_that_is_moved_away_costs_the_photographs_and_nothing_else
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_cache_that_is_deleted_ends_the_run_by_name_and_the_same_command_goes_on(
-    small: Compose, tmp_path: Path, images: Path, after_step_1: Any, workers: int
+    small: Compose,
+    tmp_path: Path,
+    images: Path,
+    after_step_1: Any,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     choices = "run.max_images=10 run.checkpoint_every=1 cache.dir=cache ~evals.sample_grid".split()
     choices.append(f"run.workers={workers}")
+    monkeypatch.setattr("nai_xl.data.cache.STAY_OPEN", 0)  # an open file can be read on
     undisturbed = train(small(*choices, "name=undisturbed"), {})
     after_step_1(lambda: shutil.rmtree(tmp_path / "cache"))
     with pytest.raises(UserError) as told:

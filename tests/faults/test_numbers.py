@@ -25,6 +25,7 @@ from nai_xl.engine.meter import Meter
 from nai_xl.errors import UserError
 from nai_xl.optimizer.ema import StandardEma
 from nai_xl.optimizer.update import WholeUpdate
+from nai_xl.precompute import verify
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.train import train
 from nai_xl.training import session
@@ -42,10 +43,10 @@ COMMON = (
 
 
 @pytest.fixture
-def poison(small: Compose, tmp_path: Path) -> Callable[..., Path]:
-    """Fills the cache and makes the latent of an image of step BAD not finite; the file of that entry."""
+def poison(small: Compose, tmp_path: Path) -> Callable[..., str]:
+    """Fills the cache and makes the latent of an image of step BAD not finite; where that entry lies."""
 
-    def poisoned(*overrides: str) -> Path:
+    def poisoned(*overrides: str) -> str:
         spec = Spec.of(small(*COMMON, *overrides))
         strategy = spec.start()
         spec.task.load(spec.model)
@@ -53,9 +54,17 @@ def poison(small: Compose, tmp_path: Path) -> Callable[..., Path]:
         batch = next(iter(data.batches(spec.run, strategy, start=BAD - 1)))
         key = data.encoded.latents[int(batch.item[1])][0].key
         spec.cache.put(key, {"latents": spec.cache.get(key)["latents"] * math.nan})
-        return Path(spec.cache.place(key))
+        spec.cache.seal()
+        place: str = spec.cache.place(key)
+        return place
 
     return poisoned
+
+
+def discard_what_is_bad(cfg: DictConfig) -> None:
+    """As the message says."""
+    with pytest.raises(UserError, match="1 of 25 entries are damaged, and are discarded now"):
+        verify(cfg, {})
 
 
 def run(cfg: DictConfig) -> Path:
@@ -76,19 +85,19 @@ def only(folder: Path) -> Path:
     ids=lambda choices: " ".join(choices) or "defaults",
 )
 def test_a_bad_entry_stops_the_run_before_anything_is_saved_and_the_same_command_goes_on(
-    small: Compose, poison: Callable[..., Path], tmp_path: Path, choices: list[str]
+    small: Compose, poison: Callable[..., str], tmp_path: Path, choices: list[str]
 ) -> None:
     entry = poison(*choices)
     with pytest.raises(UserError) as told:
         run(small(*COMMON, *choices))
     home = only(tmp_path)
     message = str(told.value)
-    assert str(entry) in message and "images/" in message and f"step {BAD}" in message
+    assert entry in message and "images/" in message and f"step {BAD}" in message
     assert re.search(r"position 9, timestep \d+, alpha [\d.e-]+, sigma [\d.e-]+", message)
     for saved in (home / "checkpoints").iterdir():
         for file in saved.glob("*.safetensors"):
             assert all(t.isfinite().all() for t in load_file(file).values() if t.is_floating_point()), file
-    entry.unlink()
+    discard_what_is_bad(small(*COMMON, *choices))
     again = run(small(*COMMON, *choices))
     undisturbed = run(small(*COMMON, *choices, "name=undisturbed"))
     assert again.name == home.name and losses(home) == losses(undisturbed) and same_weights(home, undisturbed)
@@ -100,18 +109,18 @@ def bad_steps(folder: Path) -> list[int]:
 
 
 def test_a_skipped_step_is_left_out_counted_and_named(
-    small: Compose, poison: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    small: Compose, poison: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = poison()
     home = run(small(*COMMON, "run.on_nonfinite=skip"))
     steps = bad_steps(home)
     assert steps == [BAD] and rows(home)[STEPS]["train/skipped_steps"] == 1
     assert all(math.isfinite(loss) for loss in losses(home).values())
-    assert str(entry) in capsys.readouterr().out
+    assert entry in capsys.readouterr().out
     assert all(tensor.isfinite().all() for tensor in weights(home).values())
 
 
-def test_a_skipped_step_moves_nothing_but_the_average(small: Compose, poison: Callable[..., Path]) -> None:
+def test_a_skipped_step_moves_nothing_but_the_average(small: Compose, poison: Callable[..., str]) -> None:
     poison()
     every = ["run.checkpoint_every=1", "run.log_every=1", "run.keep_checkpoints=100", "run.on_nonfinite=skip"]
     home = run(small(*COMMON, *every))
@@ -123,13 +132,13 @@ def test_a_skipped_step_moves_nothing_but_the_average(small: Compose, poison: Ca
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_more_skipped_steps_than_the_limit_end_the_run(small: Compose, poison: Callable[..., Path]) -> None:
+def test_more_skipped_steps_than_the_limit_end_the_run(small: Compose, poison: Callable[..., str]) -> None:
     poison()
     with pytest.raises(UserError, match=r"1 steps of this run .* run\.max_nonfinite=0"):
         run(small(*COMMON, "run.on_nonfinite=skip", "run.max_nonfinite=0"))
 
 
-def test_a_run_that_stopped_goes_on_with_skip(small: Compose, poison: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_that_stopped_goes_on_with_skip(small: Compose, poison: Callable[..., str], tmp_path: Path) -> None:
     poison()
     with pytest.raises(UserError):
         run(small(*COMMON))
@@ -138,10 +147,10 @@ def test_a_run_that_stopped_goes_on_with_skip(small: Compose, poison: Callable[.
 
 
 def test_an_entry_that_spoils_the_statistics_of_all_latents_is_named(
-    small: Compose, poison: Callable[..., Path]
+    small: Compose, poison: Callable[..., str]
 ) -> None:
     entry = poison("latents=per_channel")
-    with pytest.raises(UserError, match=rf"images/\d\d\.png is not finite: delete .*{entry.name}"):
+    with pytest.raises(UserError, match=rf"images/\d\d\.png is not finite \({entry}\): .* --verify"):
         run(small(*COMMON, "latents=per_channel"))
 
 
@@ -164,13 +173,13 @@ def held_still(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
 
 def test_rewinding_goes_on_after_the_bad_step_with_the_weights_of_the_newest_checkpoint(
     small: Compose,
-    poison: Callable[..., Path],
+    poison: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """A run that was killed after it went back ends like one that was not, and like one that stood still meanwhile."""
-    entry = poison()
+    poison()
     rewinds = [*COMMON, "run.log_every=1", "run.on_nonfinite=rewind", "ema.device=cpu"]
     home = run(small(*rewinds))
     assert "those of step 3 again" in capsys.readouterr().out and bad_steps(home) == [BAD]
@@ -184,7 +193,7 @@ def test_rewinding_goes_on_after_the_bad_step_with_the_weights_of_the_newest_che
     killed = run(small(*rewinds, "name=killed"))
     assert losses(killed) == losses(home) and same_weights(killed, home) and bad_steps(killed) == [BAD]
 
-    entry.unlink()
+    discard_what_is_bad(small(*rewinds))
     held_still(monkeypatch, range(4, BAD + 1))
     oracle = run(small(*rewinds, "name=oracle"))
     assert same_weights(home, oracle)
@@ -211,7 +220,7 @@ def dying(at: int) -> Callable[..., int]:
     return until
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small: Compose, poison: Callable[..., Path]) -> None:
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small: Compose, poison: Callable[..., str]) -> None:
     poison()
     with pytest.raises(UserError, match=r"no checkpoint to go back to yet: lower run\.checkpoint_every"):
         run(small(*COMMON, "run.checkpoint_every=100", "run.on_nonfinite=rewind"))
@@ -221,7 +230,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small: Compose, poi
 
 
 def test_one_ranks_bad_entry_ends_all_and_is_left_out_by_all(
-    small: Compose, poison: Callable[..., Path], images: Path, tmp_path: Path, forks: None
+    small: Compose, poison: Callable[..., str], images: Path, tmp_path: Path, forks: None
 ) -> None:
     """The image of step BAD that is poisoned is the second rank's."""
     entry = poison("loss=uncertainty")
@@ -234,7 +243,7 @@ def test_one_ranks_bad_entry_ends_all_and_is_left_out_by_all(
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
 
     stopped = launched()
-    assert stopped.returncode and entry.name in stopped.stderr and "is not finite" in stopped.stderr, stopped.stderr
+    assert stopped.returncode and entry in stopped.stderr and "is not finite" in stopped.stderr, stopped.stderr
     done = launched("run.on_nonfinite=skip")
     assert done.returncode == 0, done.stderr
     home = only(tmp_path)
@@ -277,7 +286,7 @@ ENGINES = ["fsdp2", *(["deepspeed_zero2", "deepspeed_zero3"] if importlib.util.f
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_that_shards_goes_back_as_one_process_does(
-    small: Compose, poison: Callable[..., Path], engine: str
+    small: Compose, poison: Callable[..., str], engine: str
 ) -> None:
     poison()
     words = [*COMMON, "run.log_every=1", "run.on_nonfinite=rewind"]

@@ -24,6 +24,11 @@ URI = "http://anna:geh@im@host:5000"
     [
         (f"cannot open {URI}/api: no", "cannot open http://***@host:5000/api: no"),
         ("mysql+pymysql://u:p@h/db?password=abc&x=1", "mysql+pymysql://***@h/db?password=***&x=1"),
+        (
+            "https://h/a.tar?X-Amz-Credential=k%2F1&X-Amz-Signature=s&v=2",
+            "https://h/a.tar?X-Amz-Credential=***&X-Amz-Signature=***&v=2",
+        ),
+        ("https://h/a.tar?sv=1&sig=geheim%3D", "https://h/a.tar?sv=1&sig=***"),
         ("sqlite:////data/a@b/mlflow.db and http://host/a@b", "sqlite:////data/a@b/mlflow.db and http://host/a@b"),
     ],
 )
@@ -38,7 +43,16 @@ def test_mlflows_password_is_hidden_everywhere(monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_file_of_a_run_holds_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "geheim")
-    cfg = config.compose([f"tracker.uri='{URI}'", "tracker.experiment=${oc.env:SECRET}", "name=${tracker.experiment}"])
+    keys = "https://h/{0..9}.tar?sig=geheim&page=2"
+    cfg = config.compose(
+        [
+            "data=shards",
+            f"data.files=['{keys}','s3://anna:geheim@b/x']",
+            f"tracker.uri='{URI}'",
+            "tracker.experiment=${oc.env:SECRET}",
+            "name=${tracker.experiment}",
+        ]
+    )
     write_config(tmp_path, cfg)
     write_params(tmp_path, config.flat(cfg), {})
     Delivery(tmp_path, URI, "mine")

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from torch.distributed import HashStore
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.loader import LatentRef, PositionDataset
+from nai_xl.distributed.team import StoreTeam
 from nai_xl.engine.encode import Encoder
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Bucket, Placement
@@ -120,7 +122,8 @@ def test_shares_of_all_processes_add_up(world: int) -> None:
     refs = [[LatentRef(f"{row}{i}", place) for i in range(2)] for row in range(2)]
     for ref, latent in zip((ref for row in refs for ref in row), latents, strict=True):
         cache.put(ref.key, {"latents": latent})
-    ranks = [Encoder(tiny_sdxl(seed=0), cache, "fp32", torch.device("cpu"), rank, world) for rank in range(world)]
+    teams = [StoreTeam(HashStore(), rank, world) for rank in range(world)]
+    ranks = [Encoder(tiny_sdxl(seed=0), cache, "fp32", torch.device("cpu"), team=team) for team in teams]
     assert_moments(functools.reduce(Moments.__add__, (encoder.measure(refs) for encoder in ranks)), latents)
 
 

@@ -115,6 +115,13 @@ def test_what_an_engine_shares_out_is_said_not_to_be_taken_off(told: Callable[..
     assert "distributed=fsdp2 shares out is not taken off" in " ".join(told("distributed=fsdp2").split())
 
 
+def test_data_of_every_kind_are_counted(told: Callable[..., str], images: Path) -> None:
+    mixed = "data=mix", "+data@data.sources.x=folder", f"data.sources.x.dir={images}"
+    once = "run.max_images=null", "run.epochs=1"
+    assert told(*mixed, *once) == told("data=folder", f"data.dir={images}", *once)
+    assert "data.files=none.tar: no such file" in told("data=shards", "data.files=none.tar", status=1)
+
+
 def test_mistakes_are_told(told: Callable[..., str]) -> None:
     assert "did you mean 'gpu_24gb'" in told("hardware=gpu_24g", status=1)
     assert "no parameter 'beta'" in told("optimizer.beta=1", status=1)

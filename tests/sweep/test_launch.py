@@ -195,7 +195,7 @@ def test_arms_that_are_listed_one_by_one_are_trained_with_every_seed(
 
 def test_joblib_trains_arms_that_know_their_sweep(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.backend=multiprocessing"]
     assert sweep(monkeypatch, *launcher, f"data.dir={images}", "run.max_images=2", "loss=minsnr,uniform") == 0
     arms = by_arm(folder)
     assert {(arm.sweep, arm.status) for arm in arms.values()} == {("loss", "FINISHED")}

@@ -1,133 +1,212 @@
-"""data=folder: a folder of images, each with its caption in a .txt file of the same name."""
+"""data=folder: a folder of images with their captions in files beside them or in tables."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from PIL import Image
-from pydantic import AfterValidator, Field
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import AfterValidator
 
-from nai_xl.data.images import UNREADABLE
-from nai_xl.data.index import Index, Skipped, refuse_empty
-from nai_xl.data.rows import Item
-from nai_xl.data.scan_cache import ScanCache
-from nai_xl.data.source import Share
-from nai_xl.errors import UserError, one_line
+from nai_xl.data import index_file
+from nai_xl.data.cache import content_key
+from nai_xl.data.images import READER
+from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.rows import Rows, ordered
+from nai_xl.data.skipped import OTHER, SkippedFiles, shown
+from nai_xl.data.source.caption_files import Tables
+from nai_xl.data.source.limits import Choice, Encoding, Limited, Limits, faults, in_order
+from nai_xl.data.source.listing import ARCHIVES, Few, Listing, list_folder, parts_of, wait_for_clock
+from nai_xl.data.source.reading import FACTS, Known, Reader, known
+from nai_xl.errors import UserError
+from nai_xl.files import user_cache
 
-SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-PART = 64  # files that a thread reads at a time
+VERSION = 2  # raise it whenever what a scan reads of a file changes
+PART = 4096  # images in a part: what a killed scan may lose
+HOW = (
+    "a folder of images, each with a caption in a .txt, .caption or .json file of the same name or in a "
+    "metadata.jsonl, .csv or .parquet"
+)
 
 
 def _existing(path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError("no such folder; give a folder of images, each with a caption in a .txt file of the same name")
+        raise ValueError(f"no such folder; give {HOW}")
     return path
 
 
 @dataclass(frozen=True)
-class FolderSource:
-    """A folder, searched recursively, of jpg, png and webp images with same-name .txt captions.
-
-    `held_out` is the share of them that is never trained on, for evaluators. Images of more than `max_megapixels`
-    million pixels, which take 8 MB of memory for each million while they are read, and those with a caption file of
-    more than `max_caption` bytes are skipped, and listed with the rest.
-    """
+class FolderSource(Limited):
+    """A folder, searched recursively, of images with captions in files of the same name or in tables: docs/data.md."""
 
     dir: Annotated[Path, AfterValidator(_existing)]
-    min_side: int = 16
-    held_out: Share = 0.0
-    max_megapixels: Annotated[float, Field(gt=0)] = 100.0
-    max_caption: Annotated[int, Field(ge=1)] = 65536
+    caption_lines: bool = False
+    encoding: Encoding = "utf-8"
 
     def scan(self) -> Index:
-        found = scan(self.dir, min_side=self.min_side, max_megapixels=self.max_megapixels, max_caption=self.max_caption)
-        return found.hold_out(self.held_out)
+        """What an earlier scan read and is unchanged is not opened again."""
+        now = time.time()
+        listing = list_folder(self.dir, max_caption=self.max_caption)
+        if not listing.images:
+            instead = _found_instead(listing)
+            raise UserError(f"data.dir={self.dir}: no images in this folder{instead}. Set data.dir to {HOW}")
+        if len(listing) > PART and not listing.settled(now).all() and wait_for_clock(listing):
+            now = time.time()  # so that all of it can be kept
+            listing = list_folder(self.dir, max_caption=self.max_caption)
+        root = os.fsencode(self.dir)
+        reader = Reader(root, self.encoding, self.caption_lines, Tables(root, listing.tables, self.encoding))
+        key = content_key(VERSION, self.dir.resolve(), self.encoding, self.caption_lines)
+        facts = gathered(user_cache() / "index" / key, listing, now, reader)
+        index = _chosen(self.dir, listing, facts, self.limits)
+        refuse_empty(index, f"data.dir={self.dir}")
+        return self.settled(index)
+
+
+def scan(folder: Path, **settings: Any) -> Index:
+    """The index of a folder, for sources that write one. settings: those of FolderSource."""
+    return FolderSource(folder, **settings).scan()
+
+
+def _found_instead(listing: Listing) -> str:
+    archives = [f"{count} .{kind}, which {ARCHIVES[kind]} reads" for kind, count in _archives(listing)]
+    return f", but {' and '.join(archives)}" if archives else ""
+
+
+def _archives(listing: Listing) -> Iterable[tuple[str, int]]:
+    return ((kind, count) for kind, count in listing.others.most_common() if kind in ARCHIVES)
+
+
+# --- what is known of the files ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What is skipped: a smaller side in pixels, more million pixels, more bytes of a caption file."""
+class Facts:
+    """Of all listed images: the usable ones in their order, and the others. file: where the former are mapped from."""
 
-    min_side: int
-    max_megapixels: float
-    max_caption: int
+    usable: pa.Table
+    faulty: pa.Table
+    file: Path | None = None
 
 
-def scan(folder: Path, *, min_side: int, max_megapixels: float = 100.0, max_caption: int = 65536) -> Index:
-    """Every image below `folder` with its caption. What an earlier scan read and is unchanged is not opened again.
+def gathered(place: Path, listing: Listing, now: float, reader: Reader) -> Facts:
+    """What the index in `place` says of these images; it is made, or made anew, where it lacks any.
 
-    Raises UserError when nothing usable is there.
+    Files that may still change without showing other times are read at every start, and not kept. now: when the
+    listing began.
     """
-    limits = Limits(min_side, max_megapixels, max_caption)
-    files = list(_image_files(folder))
-    if not files:
-        raise UserError(
-            f"data.dir={folder}: no images (jpg, png, webp) in this folder. Set data.dir to a folder of images, each "
-            "with a caption in a .txt file of the same name."
+    settled = listing.settled(now)
+    lasting = listing if settled.all() else listing.take(settled)
+    whole, file = FACTS.empty_table(), None
+    if len(lasting):
+        try:
+            file = _kept(place, lasting, reader)
+            whole = index_file.mapped(file)
+        except OSError:  # a cache that cannot be written
+            whole = reader.read(lasting, Known.nothing(len(lasting)))
+    usable, faulty = _parted(whole)
+    again = _to_be_read_again(lasting, faulty)
+    if len(again):
+        faulty = faulty.filter(pc.invert(pc.is_in(faulty["path"], again.names)))
+    fresh = [part for part in (again, listing.take(~settled)) if len(part)]
+    if not fresh:
+        return Facts(usable, faulty, file)
+    read = [_parted(reader.read(part, Known.nothing(len(part)))) for part in fresh]
+    faulty = pa.concat_tables([faulty, *(bad for _, bad in read)])
+    more = [good for good, _ in read if len(good)]
+    if not more:
+        return Facts(usable, faulty, file)
+    together = pa.concat_tables([usable, *more]).combine_chunks()
+    return Facts(together.take(pa.array(ordered(together))), faulty)
+
+
+def _kept(place: Path, listing: Listing, reader: Reader) -> Path:
+    """The index file of this listing, made together with whoever else wants it."""
+    file = place / f"{content_key(READER, listing.mark())[:40]}.arrow"
+    if index_file.is_whole(file):
+        return file
+    newest = index_file.newest(place)
+    before = index_file.mapped(newest) if newest else FACTS.empty_table()
+    found = known(before, listing)
+    changed = np.flatnonzero(found.whole < 0)
+    parts, each = list(parts_of(listing.take(changed), PART)), found.take(changed)
+
+    def make(number: int) -> pa.Table:
+        mine = np.arange(number * PART, number * PART + len(parts[number]))
+        return reader.read(parts[number], each.take(mine))
+
+    makes = {part.mark(): (lambda number=number: make(number)) for number, part in enumerate(parts)}
+    return index_file.built(
+        file,
+        makes,
+        lambda: [before.take(pa.array(found.whole[found.whole >= 0])).replace_schema_metadata(None)],
+        notes={"reader": READER},
+        sizes=[len(part) for part in parts],
+    )
+
+
+def _parted(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The usable rows in the order of an index, and the others."""
+    noted = (table.schema.metadata or {}).get(b"usable")
+    if noted is not None:
+        return table.slice(0, int(noted)), table.slice(int(noted))
+    count = len(table) - table["content"].null_count
+    whole = table.take(pa.array(ordered(table)))
+    return whole.slice(0, count), whole.slice(count)
+
+
+def _to_be_read_again(listing: Listing, faulty: pa.Table) -> Listing:
+    passing = faulty.filter(pc.equal(faulty["_stamp"], pa.scalar(bytes(48), FACTS.field("_stamp").type)))
+    if not len(passing):
+        return listing.take(np.zeros(len(listing), np.bool_))
+    return listing.take(pc.is_in(listing.names, value_set=passing["path"].combine_chunks()).to_numpy(False))
+
+
+# --- what is used of them ---------------------------------------------------------------------------------------------
+
+
+def _chosen(folder: Path, listing: Listing, facts: Facts, limits: Limits) -> Index:
+    choice = Choice(facts.usable, limits)
+    skipped = in_order([listing.noted.table(), faults(facts.faulty), *choice.skipped])
+    rows = choice.of(_rows(facts, folder))
+    return Index(rows, SkippedFiles(skipped, folder), remarks=[*_remarks(listing), *choice.remarks()])
+
+
+def _rows(facts: Facts, folder: Path) -> Rows:
+    if facts.file is not None:
+        return Rows.mapped(facts.file, root=folder)
+    plain = [name for name in facts.usable.column_names if not name.startswith("_")]
+    return Rows(facts.usable.select(plain), root=folder)
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+
+def _remarks(listing: Listing) -> Iterable[str]:
+    """What is not as one may expect, each once with its count."""
+    every = sorted(listing.others.items(), key=lambda pair: (-pair[1], pair[0]))
+    others = [(kind, n) for kind, n in every if kind not in ARCHIVES]
+    if plain := [f"{n} .{shown(kind)}" if kind else f"{n} without a suffix" for kind, n in others[:8]]:
+        more = len(others) - len(plain)
+        yield f"not images: {', '.join(plain)}{f' and {more} more kinds' if more > 0 else ''}; listed in skipped.csv"
+    for kind, count in _archives(listing):
+        yield f"{count} .{kind} in data.dir not read; {ARCHIVES[kind]} is for them"
+    kinds = SkippedFiles(listing.noted.table()).counts()
+    if count := sum(kinds.get(kind, 0) for kind in OTHER if kind != "other"):
+        yield f"{count} links, captions and special files were of no use; listed in skipped.csv"
+    if count := listing.twins.count:
+        yield f"{count} images have the caption file of another, and its caption: {_examples(listing.twins)}"
+    if count := listing.doubled.count:
+        yield (
+            f"{count} images have captions in several files, of which .txt comes before .caption and .json: "
+            f"{_examples(listing.doubled)}"
         )
-    Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's limit, which nobody can raise, there is max_megapixels
-    known = ScanCache.of(folder)
-    with ThreadPoolExecutor() as pool:  # in parts: a task each would cost more than looking at an unchanged file
-        parts = pool.map(
-            lambda part: [_read_item(file, limits, known) for file in part],
-            (files[start : start + PART] for start in range(0, len(files), PART)),
-        )
-        found = list(chain.from_iterable(parts))
-    known.save()
-    # by content, so that a renamed file does not change which image stands where in the run
-    items = sorted((x for x in found if isinstance(x, Item)), key=lambda item: (item.content, item.caption))
-    index = Index(items, [x for x in found if isinstance(x, Skipped)])
-    refuse_empty(index, f"data.dir={folder}")
-    return index
 
 
-def _image_files(folder: Path) -> Iterator[str]:
-    for directory, names, files in os.walk(folder):
-        names.sort()
-        for name in sorted(files):
-            stem, _, suffix = name.rpartition(".")
-            if stem and suffix.lower() in SUFFIXES:
-                yield os.path.join(directory, name)  # noqa: PTH118 - a Path each costs as much as the scan
-
-
-def _read_item(file: str, limits: Limits, known: ScanCache) -> Item | Skipped:
-    path, text = Path(file), file[: file.rindex(".")] + ".txt"
-    try:
-        if (size := os.stat(text).st_size) > limits.max_caption:  # noqa: PTH116 - a Path costs twice as much
-            return Skipped(path, f"caption file of {size} bytes; data.max_caption is {limits.max_caption}")
-        caption = known.facts(text, _caption)
-    except FileNotFoundError:
-        return Skipped(path, f"no caption file {Path(text).name}")
-    except UnicodeDecodeError:
-        return Skipped(path, f"caption file {Path(text).name} is not UTF-8")
-    except OSError as error:
-        return Skipped(path, f"caption file {Path(text).name} cannot be read: {one_line(error)}")
-    try:
-        width, height, content = known.facts(file, _picture).split()
-    except UNREADABLE as error:
-        return Skipped(path, f"not a readable image: {one_line(error)}")
-    side = int(width), int(height)
-    if min(side) < limits.min_side:
-        return Skipped(path, f"{width}x{height} pixels; data.min_side is {limits.min_side}")
-    if side[0] * side[1] > limits.max_megapixels * 1e6:
-        return Skipped(path, f"{width}x{height} pixels; data.max_megapixels is {limits.max_megapixels:g}")
-    return Item(path, caption, side, content)
-
-
-def _picture(file: str) -> str:
-    """Width and height after EXIF rotation, from the header alone, and the content's hash."""
-    with Image.open(file) as image:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-        size = (image.height, image.width) if turned else image.size
-    return f"{size[0]} {size[1]} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
-
-
-def _caption(file: str) -> str:
-    return Path(file).read_text(encoding="utf-8-sig").strip()  # Windows editors begin with a mark
+def _examples(few: Few) -> str:
+    return ", ".join(few.names) + (", ..." if few.count > len(few.names) else "")

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from nai_xl.interfaces import declare
 from nai_xl.model.quiet import quietly
 from nai_xl.model.sdxl.components import Components
-from nai_xl.model.sdxl.configs import SDXL_BASE, unet_skeleton
+from nai_xl.model.sdxl.configs import SDXL_BASE, text_parameters, unet_skeleton
 from nai_xl.model.sdxl.files import refusal
 from nai_xl.model.sdxl.folder import check_folder, load_folder
 from nai_xl.model.sdxl.single_file import check_single_file, load_single_file
@@ -37,7 +37,13 @@ def sdxl_skeleton(path: Path | None = None, config: Path | None = None) -> UNet2
     return unet_skeleton(own or config or SDXL_BASE)
 
 
-@declare(without_effect=("config",), check=check_sdxl, skeleton=sdxl_skeleton)
+def sdxl_text_parameters(path: Path | None = None, config: Path | None = None) -> int:
+    """Parameters of both text encoders, of the configs that sdxl_skeleton takes."""
+    own = path if path and Path(path, "text_encoder").is_dir() else None
+    return text_parameters(own or config or SDXL_BASE)
+
+
+@declare(without_effect=("config",), check=check_sdxl, skeleton=sdxl_skeleton, text_parameters=sdxl_text_parameters)
 def load_sdxl(path: Path, *, config: Path | None = None) -> Components:
     """Read an SDXL model as float32, on the CPU, in eval mode.
 

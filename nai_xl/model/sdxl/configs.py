@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from nai_xl.model.sdxl.files import read_json, refusal
 
@@ -52,6 +52,14 @@ def check_parts(folder: Path, option: str) -> None:
 def text_config(folder: Path, part: str, option: str) -> CLIPTextConfig:
     """The config of a text encoder, with the defaults that transformers leaves out of the JSON."""
     return CLIPTextConfig.from_dict(read_json(folder / part / "config.json", folder, option))
+
+
+def text_parameters(config: Path = SDXL_BASE) -> int:
+    """How many parameters both text encoders of a config folder have. Raises UserError for no such config."""
+    first, second = (text_config(Path(config), part, "model.config") for part in ("text_encoder", "text_encoder_2"))
+    with torch.device("meta"):
+        encoders = (CLIPTextModel(first), CLIPTextModelWithProjection(second))
+    return sum(parameter.numel() for encoder in encoders for parameter in encoder.parameters())
 
 
 def unet_skeleton(config: Path = SDXL_BASE) -> UNet2DConditionModel:

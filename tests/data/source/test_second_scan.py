@@ -1,6 +1,7 @@
 """A second scan of a folder: the same index as a fresh one, without opening what has not changed."""
 
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nai_xl.data import scan_cache
 from nai_xl.data.index import Index
-from nai_xl.data.scan_cache import ScanCache
 from nai_xl.data.source import folder as module
+from nai_xl.data.source import reading
 from nai_xl.data.source.folder import scan
 from nai_xl.files import user_cache
 
@@ -34,25 +34,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock stands an hour ahead, so that the files just made count as old."""
-    now = scan_cache.time.time() + 3600
-    monkeypatch.setattr(scan_cache.time, "time", lambda: now)
+    now = module.time.time() + 3600
+    monkeypatch.setattr(module.time, "time", lambda: now)
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Touched:
     """The names of files that are read from now on."""
     names: Touched = []
-    for reader in ("_picture", "_caption"):
-        monkeypatch.setattr(module, reader, counting(getattr(module, reader), names))
+
+    def counted(file: bytes, mode: str) -> Any:
+        names.append(Path(os.fsdecode(file)).name)
+        return open(file, mode)  # noqa: PTH123
+
+    monkeypatch.setattr(reading, "open", counted, raising=False)
     return names
-
-
-def counting(read: Callable[[str], str], names: Touched) -> Callable[[str], str]:
-    def counted(file: str) -> str:
-        names.append(Path(file).name)
-        return read(file)
-
-    return counted
 
 
 def put(path: Path, seed: int, *, side: int = 24, caption: str | None = None) -> None:
@@ -63,20 +59,19 @@ def put(path: Path, seed: int, *, side: int = 24, caption: str | None = None) ->
 
 
 def look(folder: Path, **settings: Any) -> Index:
-    return scan(folder, **{"min_side": 16, **settings})
+    return scan(folder, **settings)
 
 
 def fresh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     """The index by a scan that remembers nothing."""
     with monkeypatch.context() as patch:
-        patch.setenv("NAI_XL_CACHE", str(folder.parent / "empty"))
-        patch.setattr(ScanCache, "save", lambda _: None)
+        patch.setenv("NAI_XL_CACHE", str(folder.parent / secrets.token_hex(4)))
         return look(folder)
 
 
 def table() -> Path:
-    (path,) = (user_cache() / "index").iterdir()
-    return path
+    """The newest index file."""
+    return max((user_cache() / "index").glob("*/*.arrow"), key=lambda path: path.stat().st_mtime_ns)
 
 
 @pytest.mark.usefixtures("later")
@@ -178,39 +173,46 @@ def test_files_that_changed_just_now_are_read_again(
 ) -> None:
     newest = max(path.stat().st_ctime for path in folder.rglob("*"))
     now = newest + 1.9 if age == "just now" else newest - 100
-    monkeypatch.setattr(scan_cache.time, "time", lambda: now)
+    monkeypatch.setattr(module.time, "time", lambda: now)
     first = look(folder)
     opened.clear()
     assert look(folder) == first
     assert "0.png" in opened and "0.txt" in opened
-    monkeypatch.setattr(scan_cache.time, "time", lambda: newest + 2.1)
+    monkeypatch.setattr(module.time, "time", lambda: newest + 2.1)
     look(folder)
     opened.clear()
     assert look(folder) == first
     assert opened == []
 
 
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
+def replaced(path: Path, data: bytes) -> None:
+    """Another file of this name: the one that is mapped stays."""
+    path.unlink()
     path.write_bytes(data)
 
 
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
 @pytest.mark.usefixtures("later")
-@pytest.mark.parametrize("damage", ["empty", "half", "hash", "check", "garbage", "folder"])
+@pytest.mark.parametrize("damage", ["empty", "half", "hash", "zeros", "garbage", "folder"])
 def test_a_damaged_table_is_ignored_and_made_anew(folder: Path, opened: Touched, damage: str) -> None:
     first = look(folder)
     path = table()
     data = path.read_bytes()
-    if damage == "hash":  # still JSON, of another image
-        flip(path, data.index(first.items[0].content.encode()))
-    elif damage == "check":
-        flip(path, 0)
-    elif damage == "folder":
+    broken = {
+        "empty": b"",
+        "half": data[: len(data) // 2],
+        "hash": flipped(data, data.index(bytes.fromhex(first.items[0].content))),
+        "zeros": data[:512] + bytes(512) + data[1024:],
+        "garbage": b"\xff" * 100,
+    }
+    if damage == "folder":
         path.unlink()
         path.mkdir()
     else:
-        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "garbage": b"\xff" * 100}[damage])
+        replaced(path, broken[damage])
     opened.clear()
     assert look(folder) == first
     assert "0.png" in opened
@@ -237,7 +239,7 @@ def test_scans_at_once_agree_and_leave_a_whole_table(folder: Path, opened: Touch
     opened.clear()
     assert found == [look(folder)] * 6
     assert opened == []
-    assert table().suffix == ".json"
+    assert not [*(table().parent / "parts").iterdir()]
 
 
 @pytest.mark.usefixtures("later")
