@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from omegaconf import DictConfig
 from PIL import Image
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from nai_xl import config, train
 from nai_xl.data.report import Report
@@ -146,6 +147,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, own_cache: Path, draw
 @pytest.fixture
 def forks(trained_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that this test starts, and those that they start, are forks of its process, see tests/forks.py."""
+    monkeypatch.setattr(subprocess_handler, "Popen", Fork)  # torchrun's
     monkeypatch.setattr(subprocess, "Popen", Fork)
 
 

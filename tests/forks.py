@@ -24,11 +24,11 @@ class Fork(subprocess.Popen[Any]):
     directory, environment, streams, signals and exit status. Whatever that starts is started in the same way.
     """
 
-    def __init__(self, command: Any, *more: Any, **named: Any):
-        if program := program_of(command):
+    def __init__(self, args: Any, *more: Any, **named: Any):
+        if program := program_of(args):
             importlib.import_module(program[0])
             named["preexec_fn"] = partial(work, *program, named.get("env"), open_files())
-        super().__init__(command, *more, **named)
+        super().__init__(args, *more, **named)
 
 
 def program_of(command: Any) -> tuple[str, Sequence[str]] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -41,27 +41,30 @@ def opened(composed: DictConfig) -> tuple[DictConfig, dict[str, str], list[str]]
 
 
 def combinations(
-    overrides: Sequence[str], config_dir: Path | None = None, config_name: str = "train"
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    config_name: str = "train",
+    first_of: Collection[str] = (),
 ) -> Iterator[tuple[Swept, dict[str, str], DictConfig]]:
     """Swept values, choices and config of every combination that a sweep over these overrides has.
 
     Values are split as `--multirun` splits them: 'a=x,y', 'a=range(1,4)' and 'a=glob(*)' are sweeps, 'a=[x,y]' is not.
     An experiment's own sweep is part of it, less the keys that are overridden, and so are the arms that it lists, each
-    with a value for every key, "" where it has none. `config_dir`: further config groups. Raises UserError for
-    settings that do not exist.
+    with a value for every key, "" where it has none. `config_dir`: further config groups. first_of: keys that keep the
+    first of their values alone. Raises UserError for settings that do not exist.
     """
     overrides = understood(overrides)
     extra = [] if config_dir is None else [further(config_dir)]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         compose_all = functools.partial(hydra.compose, config_name, return_hydra_config=True)
-        grid = _grid(overrides)
+        grid = _grid(overrides, first_of)
         points = list(_points(grid))
         first = compose_all([*extra, *points[0][1]])
         own = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items() if key not in grid]
         arms = listed(first.sweep.arms, OverridesParser.create().parse_overrides(list(overrides)))
         keys = dict.fromkeys(key for arm in arms for key in arm)
         if own or arms:
-            rest = {key: values for key, values in (_grid(own) | grid).items() if key.lstrip("+") not in keys}
+            rest = {key: values for key, values in (_grid(own, first_of) | grid).items() if key.lstrip("+") not in keys}
             points = [
                 ({**{key: arm.get(key, "") for key in keys}, **swept}, [*point, *as_overrides(arm)])
                 for arm in arms or [{}]
@@ -75,7 +78,7 @@ def combinations(
             yield swept, choices, cfg
 
 
-def _grid(overrides: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def _grid(overrides: Sequence[str], first_of: Collection[str]) -> dict[str, list[tuple[str, str]]]:
     """key -> its (value, override) pairs, several where it is swept."""
     grid: dict[str, list[tuple[str, str]]] = {}
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -84,7 +87,8 @@ def _grid(overrides: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
         if not override.is_sweep_override():
             grid[key] = [("", str(override.input_line))]
         elif override.is_discrete_sweep():
-            grid[key] = [(value, f"{key}={value}") for value in override.sweep_string_iterator()]
+            values = [(value, f"{key}={value}") for value in override.sweep_string_iterator()]
+            grid[key] = values[:1] if key.lstrip("+") in first_of else values
         else:
             raise UserError(f"{override.input_line}: an interval has no end of values; list some: {key}=a,b")
     return grid

@@ -42,10 +42,7 @@ def build_objective(cfg: DictConfig) -> Objective:
 def inspect(overrides: Sequence[str], config_dir: Path | None = None) -> list[Combination]:
     """Every combination that the overrides span, in their order. Those that differ in run.seed alone are one."""
     found: list[Combination] = []
-    for with_seed, choices, cfg in config.combinations(overrides, config_dir):
-        swept = {key: value for key, value in with_seed.items() if key != "run.seed"}
-        if swept in (one.swept for one in found):
-            continue
+    for swept, choices, cfg in config.combinations(overrides, config_dir, first_of=["run.seed"]):
         combination = Combination(swept, choices)
         try:
             objective = build_objective(cfg)

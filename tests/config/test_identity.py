@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from nai_xl import config
 from nai_xl.config import identity
 from nai_xl.diffusion.loss import min_snr
-from tests.config.options import MULTIPLE, OPTIONS, chosen, composed
+from tests.config.options import MULTIPLE, OPTIONS, composed, together
 
 
 def signature(*overrides: str) -> str:
@@ -149,8 +149,7 @@ def targets(cfg: DictConfig) -> list[tuple[str, DictConfig, Any]]:
 
 def test_whoever_says_that_it_changes_no_weights_is_left_out() -> None:
     seen = set()
-    for group, option in OPTIONS:
-        cfg = composed(*chosen(group, option))
+    for cfg in together():
         hashed = json.dumps(identity.identity(cfg))
         for key, _, target in targets(cfg):
             if inspect.isclass(target) and not inspect.getattr_static(target, "changes_weights", True):
@@ -161,8 +160,8 @@ def test_whoever_says_that_it_changes_no_weights_is_left_out() -> None:
 
 def test_a_parameter_without_effect_exists_and_is_left_out() -> None:
     seen = set()
-    for group, option in OPTIONS:
-        for key, node, target in targets(composed(*chosen(group, option))):
+    for cfg in together():
+        for key, node, target in targets(cfg):
             for name in inspect.getattr_static(target, "without_effect", ()):
                 assert name in inspect.signature(target).parameters, (target, name)
                 changed = OmegaConf.create({"lr": {}, key.split(".")[0]: {**node, name: "something else"}})

@@ -200,7 +200,7 @@ def test_a_run_trains_it_saves_it_and_resumes_exactly(small: Compose, monkeypatc
     assert not any("coefficients" in name for name in exported)
 
 
-def test_two_processes_average_its_gradients(images: Path, tmp_path: Path) -> None:
+def test_two_processes_average_its_gradients(images: Path, tmp_path: Path, forks: None) -> None:
     common = ["loss=uncertainty", "loss.lr=0.05", "run.chunk=4", "run.max_images=20"]
     one = launch(tmp_path / "one", images, 1, *common, "run.batch_size=4")
     two = launch(tmp_path / "two", images, 2, *common, "run.batch_size=2", "distributed=ddp")

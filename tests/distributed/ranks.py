@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +33,7 @@ from nai_xl.engine.loop import Training
 from nai_xl.engine.nonfinite import Guard
 from nai_xl.errors import UserError
 from nai_xl.memory import process_wide
-from nai_xl.model.tiny import tiny_sdxl
+from nai_xl.model.tiny import UNET_CONFIG
 
 IMAGES = 8
 ENGINES = {
@@ -45,7 +46,21 @@ ENGINES = {
 }
 
 
-network = functools.cache(lambda: tiny_sdxl(seed=0).unet)
+SMALLER = {  # than the tiny network: what sharding engines do takes the time, and that goes by the number of parts
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (2, 4),
+}
+
+
+@functools.cache
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{**UNET_CONFIG, **SMALLER})
+
+
 compose = functools.cache(lambda *overrides: config_compose(overrides))
 config_compose = config.compose
 
@@ -295,7 +310,7 @@ def world_of(world: int, asked: Mapping[str, Sequence[Any]], folder: Path) -> li
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(240)
+        process.join(600)
         if process.exitcode != 0:
             for other in ranks:
                 other.kill()
@@ -306,6 +321,7 @@ def world_of(world: int, asked: Mapping[str, Sequence[Any]], folder: Path) -> li
 def warm(worlds: Sequence[Any], folder: Path) -> None:
     """Do once, before the forks, what every process would do by itself."""
     network()
+    importlib.import_module("nai_xl.task.text_to_image")
     config.compose = composed
     for world, asked in worlds:
         for what, *arguments in asked.values():
@@ -315,7 +331,8 @@ def warm(worlds: Sequence[Any], folder: Path) -> None:
             for engine in engines:
                 composed([f"output_dir={folder}", "evals=[]", *words(world, [*ENGINES[engine], *more])])
             if any(name.startswith("zero") for name in engines):
-                importlib.import_module("deepspeed")
+                importlib.import_module("deepspeed.runtime.engine")
+                importlib.import_module("deepspeed.runtime.zero.muon.original_muon")  # with torch's compiler
 
 
 if __name__ == "__main__":

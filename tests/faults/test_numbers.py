@@ -230,7 +230,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small: Compose, poi
 
 
 def test_one_ranks_bad_entry_ends_all_and_is_left_out_by_all(
-    small: Compose, poison: Callable[..., str], images: Path, tmp_path: Path
+    small: Compose, poison: Callable[..., str], images: Path, tmp_path: Path, forks: None
 ) -> None:
     """The image of step BAD that is poisoned is the second rank's."""
     entry = poison("loss=uncertainty")

@@ -28,11 +28,11 @@ def state_bytes(option: str, shapes: Iterable[Iterable[int]], dtype: torch.dtype
     One parameter of each distinct shape is stepped: on the meta device, where torch's fused AdamW has no kernel.
     """
     counts = Counter(tuple(shape) for shape in shapes)
-    total = 0
+    make, total = maker(option), 0
     for shape, count in counts.items():
         p = nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu" if option == "adamw" else "meta"))
         p.grad = torch.zeros_like(p)
-        optimizer = maker(option)(params=[p])
+        optimizer = make(params=[p])
         optimizer.step()
         total += count * sum(stored_bytes(value) for value in optimizer.state[p].values())
     return total

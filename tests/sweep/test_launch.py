@@ -295,7 +295,7 @@ def test_an_arm_is_named_by_the_values_of_what_varies() -> None:
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml")))
 def test_every_arm_of_an_experiment_has_a_directory_of_its_own(experiment: str) -> None:
-    points = [(choices, cfg) for _, choices, cfg in config.combinations([f"experiment={experiment}"])]
+    points = [(choices, cfg) for _, choices, cfg in config.combinations([f"experiment={experiment}", "run.seed=3,4"])]
     assert len({config.run_dir(cfg, choices) for choices, cfg in points}) == len(points) > 1
     config.check(points[0][1])
 

@@ -2,13 +2,13 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -426,26 +426,27 @@ def test_with_the_server_away_for_the_middle_third_everything_is_there_in_the_en
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
-ARM = textwrap.dedent("""
-    import sys
-    from pathlib import Path
-    from nai_xl.tracker.mlflow.tracker import MlflowTracker
-    folder = Path(sys.argv[1])
-    with MlflowTracker(folder) as tracker:
-        for step in range(1, 251):
-            tracker.log(step, {f"m/{i}": step + i / 8 for i in range(8)})
-""")
+FORK = multiprocessing.get_context("fork")
 
 
-def test_four_arms_may_open_a_missing_database_at_once_and_lose_nothing(tmp_path: Path) -> None:
-    folders = [tmp_path / "outputs" / str(arm) for arm in range(4)]
+def test_four_arms_may_open_a_missing_database_at_once_and_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arm(folder: Path) -> None:
+        with MlflowTracker(folder) as tracker:
+            for step in range(1, 251):
+                tracker.log(step, {f"m/{i}": step + i / 8 for i in range(8)})
+
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / "outputs" / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir(parents=True)
-    environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[2])}
-    arms = [
-        subprocess.Popen([sys.executable, "-c", ARM, str(folder)], cwd=tmp_path, env=environment) for folder in folders
-    ]
-    assert [arm.wait() for arm in arms] == [0, 0, 0, 0]
+    arms = [FORK.Process(target=arm, args=(folder,)) for folder in folders]
+    for process in arms:
+        process.start()
+    for process in arms:
+        process.join(300)
+    assert [process.exitcode for process in arms] == [0, 0, 0, 0]
     store = client(tmp_path)
     assert [item.name for item in store.search_experiments() if item.name == "nai_xl"] == ["nai_xl"]
     for folder in folders:
