@@ -362,9 +362,8 @@ class TextImages:
 
     def described(self) -> Mapping[str, str]:
         encoded, count = self.encoded, len(self.index.items)
-        skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
-        images = f"{count}" + (f", {held} more held out" if held else "")
-        images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        held = len(encoded.index.held_out)
+        images = f"{count}" + (f", {held} more held out" if held else "") + encoded.index.skipped.in_words()
         positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
         missed = unseen(self._plan(self.run, self.world), positions, merges=encoded.latents.bucketing.merge_small)
         return {
@@ -376,7 +375,7 @@ class TextImages:
         }
 
     def figure(self) -> Image.Image:
-        return canvas_figure.canvases(self._report, len(self.index.skipped))
+        return canvas_figure.canvases(self._report, len(self.index.skipped.of_images()))
 
     def counted(self) -> str:
         texts = f"{len(self.encoded.texts)} texts" if self.tokens is None else "texts are encoded in the steps"

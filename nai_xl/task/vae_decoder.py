@@ -197,14 +197,13 @@ class Pictures:
             yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
 
     def described(self) -> Mapping[str, str]:
-        count, skips = len(self.index.items), len(self.index.skipped)
-        skipped = f" ({skips} skipped, listed in skipped.csv)" if skips else ""
+        count = len(self.index.items)
         positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
         missed = unseen(self._plan(self.run, self.world), positions, merges=self.bucketing.merge_small)
-        return {"images": f"{count}{skipped}", **self._report.rows(), **dict(missed)}
+        return {"images": f"{count}{self.index.skipped.in_words()}", **self._report.rows(), **dict(missed)}
 
     def figure(self) -> Image.Image:
-        return canvas_figure.canvases(self._report, len(self.index.skipped))
+        return canvas_figure.canvases(self._report, len(self.index.skipped.of_images()))
 
     def counted(self) -> str:
         return "nothing, this task reads the pictures themselves"
