@@ -273,14 +273,15 @@ def _distinct(key_of: TextKeys, wanted: Wanted) -> NDArray[np.uint8]:
 def _lacking(key_of: TextKeys, wanted: Wanted, missing: NDArray[np.uint8]) -> Iterator[str]:
     """Each text whose key is `missing` [M,16], once: as they are wanted, so on all ranks alike."""
     names = missing.reshape(-1).view(NAME)
-    due = np.ones(len(names), bool)
+    due, left = np.ones(len(names), bool), len(names)
     for text in chain([""], wanted()):
-        if not due.any():
+        if not left:
             return
         name = np.array(bytes.fromhex(key_of(text)), NAME)
         at = int(names.searchsorted(name))
         if at < len(names) and names[at] == name and due[at]:
             due[at] = False
+            left -= 1
             yield text
 
 
@@ -301,7 +302,7 @@ def _picture(job: Job) -> torch.Tensor | str:
 
 def _first_of_each(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Places of the keys [M,16] that come first of those equal to them: an image can stand in an index many times."""
-    rows = np.ascontiguousarray(keys).view("S16").reshape(-1)
+    rows = np.ascontiguousarray(keys).view(NAME).reshape(-1)
     return np.sort(np.unique(rows, return_index=True)[1])
 
 
