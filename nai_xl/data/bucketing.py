@@ -124,8 +124,8 @@ class _Placing:
             raise UserError(f"bucketing.crops={self.crops}: must be at least 1")
         if not all(self.tiers):
             raise UserError(
-                "bucketing leaves no canvas: none has sides, aspect and area within its limits. Set other ones than "
-                "now of bucketing.resolution, step, max_aspect, min_side and max_side"
+                "bucketing leaves no canvas: none has sides, aspect and area within its limits; change "
+                "bucketing.resolution, bucketing.step, bucketing.max_aspect, bucketing.min_side or bucketing.max_side"
             )
         if any(side % 8 for bucket in self.buckets for side in bucket):
             raise UserError(
