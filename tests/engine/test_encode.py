@@ -198,7 +198,7 @@ def test_too_little_room_is_told_before_anything_is_encoded(
     encoder = Encoder(components, DiskCache(tmp_path, max_gb=1e-6), "fp32", CPU)
     monkeypatch.setattr(module, "encode_pixels", lambda *_: pytest.fail("it was encoded"))
     refs = encoder.latent_refs(index, bucketing)
-    with pytest.raises(UserError, match=r"cache\.max_gb=1e-06: .* GB .*cache\.dir=DIR.*latents\.stored=bf16.*crops"):
+    with pytest.raises(UserError, match=r"cache\.max_gb=1e-06: .* MB .*cache\.dir=DIR.*latents\.stored=bf16.*crops"):
         encoder.encode_images([refs])
     assert encoder.bytes_of_captions(lambda: ["one", "two", "one"], 2) == 3 * 4 * (2 * 77 * 160 + 96)
     with pytest.raises(UserError, match=r"cache\.max_gb=.*text=live"):
