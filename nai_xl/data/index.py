@@ -40,7 +40,7 @@ class Index:
     items: Rows
     skipped: SkippedFiles
     held_out: Rows
-    remarks: Sequence[str]  # what the source has to say once
+    remarks: Sequence[str]  # what is to be said of it once
     on_change: OnChange  # of a run that was begun with other data
 
     def __init__(
