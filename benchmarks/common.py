@@ -28,6 +28,7 @@ from nai_xl.config.spec import Spec
 from nai_xl.data.bucketing import Canvases
 from nai_xl.data.cache import DiskCache, content_key
 from nai_xl.data.index import Index
+from nai_xl.data.keys import TextKeys
 from nai_xl.data.loader import Encoded, Placed
 from nai_xl.data.rows import Item
 from nai_xl.engine.loop import RunSettings, Training
@@ -293,18 +294,19 @@ def random_data(shapes: Shapes, count: int, cache: Cache, canvases: Sequence[Buc
         cache.put(key, tensors)
         return key
 
-    def text(caption: str) -> str:
+    def text(caption: str) -> None:
         context = torch.randn(77, shapes.width, generator=draw)
-        return put("text", caption, context=context, pooled=torch.randn(shapes.pooled, generator=draw))
+        cache.put(texts(caption), {"context": context, "pooled": torch.randn(shapes.pooled, generator=draw)})
 
-    items, texts = [], {"": text("")}  # the empty caption stands in where captions are dropped
+    items, texts = [], TextKeys(content_key("benchmark", shapes, "text"))
+    text("")  # the empty caption stands in where captions are dropped
     for number in range(count):
         bucket = canvases[number % len(canvases)]
         latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=draw)
         item = Item(Path(f"{number}.png"), f"caption {number}", (bucket.width, bucket.height), f"{number:064x}")
         items.append(item)
         put("latents", item.content, latents=latents)
-        texts[item.caption] = text(item.caption)
+        text(item.caption)
     index = Index(items)
     placed = Placed(
         index.items,

@@ -18,11 +18,11 @@ from data_made import CHUNK, READ, READ_SMALL, RECIPE, SMALL, sparse_shards
 from resources import MIB, Peak, Times, each, rate, settled, tell, worker_growth
 
 from nai_xl.data.bucketing import AspectBuckets
-from nai_xl.data.cache import DiskCache, content_key
+from nai_xl.data.cache import DiskCache
 from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index
-from nai_xl.data.keys import latent_key, recipe
+from nai_xl.data.keys import TextKeys, latent_key, recipe
 from nai_xl.data.loader import Encoded, Placed, RankBatches, batches
 from nai_xl.data.placement_table import PlacementTable
 from nai_xl.data.rows import Rows
@@ -30,6 +30,7 @@ from nai_xl.data.sample_weights import equal
 
 BATCH = 8
 MADE_BY = recipe(RECIPE)
+TEXTS = TextKeys(RECIPE)
 
 
 def opened(file: Path) -> Index:
@@ -78,11 +79,11 @@ def fill(file: Path, folder: Path) -> None:
         for number in whole:
             caption = index.items[number].caption
             tensors = {"context": torch.randn(77, 2048, generator=draw), "pooled": torch.randn(1280, generator=draw)}
-            cache.put(text_key(caption), {name: tensor.bfloat16() for name, tensor in tensors.items()})
+            cache.put(TEXTS(caption), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     small, cache = placed(index, SMALL), DiskCache(folder / "small")
     with cache.alone("benchmark"):
         _put(cache, small, read_first(small, READ_SMALL), draw)
-        cache.put(text_key(""), {"context": torch.randn(77, 32), "pooled": torch.randn(32)})
+        cache.put(TEXTS(""), {"context": torch.randn(77, 32), "pooled": torch.randn(32)})
     os.sync()  # pages of a mapped file that wait for the disk would count as written by who looks at them
 
 
@@ -93,12 +94,8 @@ def _put(cache: DiskCache, latents: Placed, numbers: list[int], draw: torch.Gene
         cache.put(ref.key, {"latents": torch.randn(4, height // 8, width // 8, generator=draw).bfloat16()})
 
 
-def text_key(caption: str) -> str:
-    return content_key(RECIPE, caption)[:32]
-
-
-def encoded(index: Index, latents: Placed, texts: dict[str, str], cache: DiskCache) -> Encoded:
-    return Encoded(index, latents, texts, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), equal(index))
+def encoded(index: Index, latents: Placed, cache: DiskCache) -> Encoded:
+    return Encoded(index, latents, TEXTS, cache, torch.zeros(4, 1, 1), torch.ones(4, 1, 1), equal(index))
 
 
 def read_ahead(data: Encoded, dropout: float, workers: int) -> Iterator[Any]:
@@ -133,7 +130,7 @@ def memory(file: Path, folder: Path) -> dict[str, float]:
     kept = start_up(file, folder)
     used, most = settled() - before, peak.bytes
     whole = opened(file)
-    data = encoded(whole, placed(whole, SMALL), {"": text_key("")}, DiskCache(folder / "small"))
+    data = encoded(whole, placed(whole, SMALL), DiskCache(folder / "small"))
     early, late = READ_SMALL // BATCH // 4, READ_SMALL // BATCH - 16
     worker, grown = worker_growth(read_ahead(data, 1.0, 2), early, late)
     items = len(kept[0].items)
@@ -163,10 +160,10 @@ def reading(file: Path, folder: Path) -> dict[str, float]:
     index, cache = opened(file), DiskCache(folder / "cache")
     latents = placed(index)
     numbers = read_first(latents, READ)
-    texts = {(caption := index.items[n].caption): text_key(caption) for n in numbers}
-    data = encoded(index, latents, texts, cache)
+    texts = list(dict.fromkeys(TEXTS(index.items[n].caption) for n in numbers))
+    data = encoded(index, latents, cache)
     found: dict[str, float] = {}
-    for name, wanted in (("latent", [latents[n][0].key for n in numbers]), ("text", [*texts.values()])):
+    for name, wanted in (("latent", [latents[n][0].key for n in numbers]), ("text", texts)):
         took = each(data.read, wanted, 5)
         found |= {f"{name} median": took[len(took) // 2], f"{name} p99": took[len(took) * 99 // 100]}
     for workers in (0, 2):

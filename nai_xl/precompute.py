@@ -40,7 +40,8 @@ def precompute(cfg: DictConfig, choices: dict[str, str]) -> None:
     screen = Screen(silent=not strategy.first)
     screen.say(*(f"environment: {line}" for line in environment))
     screen.say(f"cached: {data.counted()}")
-    screen.say(*data.index.remarks)
+    rows = {name: words for name, words in data.described().items() if name != "images"}  # these are counted above
+    screen.say(*(f"{name}: {words}" for name, words in rows.items()), *data.index.remarks)
     for skip in data.index.skipped.of_images()[:SHOWN]:
         screen.say(f"skipped: {shown(str(skip.path))}: {skip.reason}")
     if (more := len(data.index.skipped.of_images()) - SHOWN) > 0:

@@ -228,7 +228,7 @@ def test_images_beyond_a_limit_are_left_out_and_the_rest_is_told(
     listed = (folder / "skipped.csv").read_text()
     assert listed.count("bucketing.max_enlarge=1.2") == 4
     told = " ".join(capsys.readouterr().out.split())
-    assert "8 (4 skipped, listed in skipped.csv)" in told and "buckets 8 in 160x96" in told
+    assert "8 (4 skipped: 4 unusable; listed in skipped.csv)" in told and "buckets 8 in 160x96" in told
     assert "not seen" in told and "merge_small" not in told.split("not seen")[1]
     assert Image.open(folder / "canvases" / "step_00000000.png").width > 600
 

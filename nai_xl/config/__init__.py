@@ -50,7 +50,6 @@ __all__ = [
     "stored_config",
     "typed_plugins",
     "unfinished_kin",
-    "unfinished_with_cached_text",
     "upgraded",
     "upgraded_choices",
 ]

@@ -122,7 +122,12 @@ class _Placing:
     def _refuse_nonsense(self) -> None:
         if self.crops < 1:
             raise UserError(f"bucketing.crops={self.crops}: must be at least 1")
-        if not all(self.tiers) or any(side % 8 for bucket in self.buckets for side in bucket):
+        if not all(self.tiers):
+            raise UserError(
+                "bucketing leaves no canvas: none has sides, aspect and area within its limits; change "
+                "bucketing.resolution, bucketing.step, bucketing.max_aspect, bucketing.min_side or bucketing.max_side"
+            )
+        if any(side % 8 for bucket in self.buckets for side in bucket):
             raise UserError(
                 f"bucketing gives the canvases {[b.name for b in self.buckets]}; their sides must be multiples of 8, "
                 "the autoencoder's factor. Change bucketing.resolution or bucketing.step."
@@ -275,15 +280,17 @@ class MultiBuckets(_Placing):
 
     @cached_property
     def tiers(self) -> list[Tier]:  # type: ignore[override]
-        thirds = [max(self.step, self.resolution * part // 4 // self.step * self.step) for part in (2, 3, 4)]
+        parts = [max(self.step, self.resolution * part // 4 // self.step * self.step) for part in (2, 3, 4)]
         found = [
             aspect_buckets("novelai", resolution, self.step, max_aspect=self.max_aspect)
-            for resolution in sorted({*(self.resolutions or thirds)})
+            for resolution in sorted({*(self.resolutions or parts)})
         ]
         seen: set[Bucket] = set()  # a canvas belongs to the lowest resolution that has it
         tiers = []
         for buckets in found:
-            tiers.append(tuple(b for b in buckets if b not in seen))
+            own = tuple(b for b in buckets if b not in seen)
+            if own or not buckets:  # without any canvas it is refused; with those of another it is not needed
+                tiers.append(own)
             seen.update(buckets)
         return tiers
 

@@ -31,7 +31,7 @@ from nai_xl.files import user_cache
 FOLDER = "shards"  # in the cache's folder, beside what earlier versions have left there
 STAY_OPEN = 256  # shards that are kept open for reading; a process may often have no more than 1024 files
 STAY_WRITTEN = 32  # shards that are written in turn, one of each kind of entry
-GB = 1e9
+GB, MB = 1e9, 1e6
 RESERVE = 64 << 20  # bytes left free on a disk: indexes, and what else a run writes
 
 
@@ -46,6 +46,11 @@ def key_bytes(key: str) -> bytes:
         with suppress(ValueError):
             return bytes.fromhex(key)
     return hashlib.sha256(key.encode()).digest()[:KEY]
+
+
+def in_words(size: int) -> str:
+    """Bytes as '12.3 GB', or as MB where that would be less than one."""
+    return f"{size / GB:,.1f} GB" if size >= GB else f"{size / MB:,.2f} MB"
 
 
 class KeyByKey:
@@ -182,13 +187,13 @@ class DiskCache:
         free = shutil.disk_usage(self.root).free
         if needed > free - RESERVE:
             raise UserError(
-                f"cache.dir={self.root}: {needed / GB:,.1f} GB are to be encoded, and its disk has {free / GB:,.1f} GB "
+                f"cache.dir={self.root}: {in_words(needed)} are to be encoded, and its disk has {in_words(free)} "
                 f"free. Free space, or set cache.dir=DIR on another disk{smaller}"
             )
         used = self._state.bytes()
         if self.max_gb is not None and used + needed > self.max_gb * GB:
             raise UserError(
-                f"cache.max_gb={self.max_gb:g}: {needed / GB:,.1f} GB are to be encoded beside {used / GB:,.1f} GB in "
+                f"cache.max_gb={self.max_gb:g}: {in_words(needed)} are to be encoded beside {in_words(used)} in "
                 f"{self.root}. Raise cache.max_gb, or set cache.dir=DIR for a cache of its own{smaller}"
             )
 
@@ -237,7 +242,8 @@ class DiskCache:
             print(f"cache.dir={self.root}: {entries} made anew", file=sys.stderr)
             self._state.damaged = 0
         old = [path for path in self.root.iterdir() if re.fullmatch("[0-9a-f]{2}", path.name)]
-        if old:
+        if old and not self._state.told:
+            self._state.told = True
             about = len(old) * sum(1 for _ in old[0].iterdir())
             print(
                 f"cache.dir={self.root}: about {about:,} files of an earlier version are not read any more; to delete "
@@ -254,6 +260,7 @@ class _State:
         self.catalogue: Catalogue | None = None
         self.lost: set[tuple[str, int]] = set()  # damaged rows that could not be noted in the folder
         self.damaged = 0  # entries, not yet spoken of
+        self.told = False  # of an earlier version's files
         self.writers: OrderedDict[Layout, Writer] = OrderedDict()
         self.writing = threading.Lock()
         self.files: dict[str, File] = {}  # open for reading

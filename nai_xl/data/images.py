@@ -41,6 +41,13 @@ if HEIF:
     FORMATS.append("HEIF")
 
 
+def why(error: Exception) -> str:
+    """Of one of UNREADABLE, in a line. Pillow names the object that it could not identify, and not what is wrong."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is damaged, or of no kind that is read here"
+    return one_line(error)
+
+
 class Looked(NamedTuple):
     """What an index keeps of a picture. width, height in pixels, after EXIF rotation; content: SHA-256 of the bytes."""
 
@@ -123,7 +130,7 @@ def reopen(item: Item) -> Image.Image:
         return picture(item)
     except UNREADABLE as error:
         raise UserError(
-            f"{item.path} can no longer be read ({one_line(error)}); bring it back and run the same command again"
+            f"{item.path} can no longer be read ({why(error)}); bring it back and run the same command again"
         ) from error
 
 

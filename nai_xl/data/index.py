@@ -40,7 +40,7 @@ class Index:
     items: Rows
     skipped: SkippedFiles
     held_out: Rows
-    remarks: Sequence[str]  # what the source has to say once
+    remarks: Sequence[str]  # what is to be said of it once
     on_change: OnChange  # of a run that was begun with other data
 
     def __init__(
@@ -133,5 +133,7 @@ def refuse_empty(index: Index, where: str) -> None:
     """Raise UserError if every image was skipped, with the first reasons."""
     if not index.items:
         images = index.skipped.of_images()
+        if not images:
+            raise UserError(f"{where}: there is no image")
         reasons: Sequence[str] = [f"{shown(skip.path.name)}: {skip.reason}" for skip in images[:3]]
         raise UserError(f"{where}: none of {len(images)} images can be used. {'; '.join(reasons)}")

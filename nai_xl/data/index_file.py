@@ -115,8 +115,8 @@ def built(
     folder = file.parent / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: folder / f"{name}.arrow" for name in parts}
-    with _bar(what, unit, sizes or [1] * len(parts)) as bar:
-        _make_all(parts, made, bar, sizes or [1] * len(parts), enough=file)
+    with bar(what, unit, sizes or [1] * len(parts)) as shown:
+        _make_all(parts, made, shown, sizes or [1] * len(parts), enough=file)
     with FileLock(str(file.parent / ".joining.lock")):
         if not is_whole(file):
             write(file, [*kept(), *(mapped(path) for path in made.values())], notes)
@@ -175,7 +175,7 @@ def _tidy(file: Path, made: Iterable[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _bar(what: str, unit: str, sizes: Sequence[int]) -> tqdm[Any]:
+def bar(what: str, unit: str, sizes: Sequence[int]) -> tqdm[Any]:
     """A progress bar on the first of the processes that a launcher has started; none where all is there."""
     silent = not sizes or os.environ.get("RANK", "0") != "0"
     return tqdm(total=sum(sizes), desc=what, unit=f" {unit}", delay=1, disable=silent)

@@ -1,21 +1,22 @@
-"""Keys of cached latents, for all images at once.
+"""Keys of cached entries: those of latents for all images at once, those of texts one by one.
 
-A key is 16 bytes: the first half of the SHA-256 of the image's bytes, XOR 128 bits mixed from the placement and from
-all else that changes the latents. So it is found by array operations, without a hash over text for each image.
+A latent's key is 16 bytes: the first half of the SHA-256 of the image's bytes, XOR 128 bits mixed from the placement
+and from all else that changes the latents. So it is found by array operations, without a hash over text for each image.
 """
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nai_xl.data.cache import content_key
+from nai_xl.data.shards.shard import KEY
 from nai_xl.interfaces import Placement
 
-KEY = 16  # bytes
 GOLDEN = 0x9E3779B97F4A7C15
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ALL = (1 << 64) - 1
@@ -23,7 +24,7 @@ ALL = (1 << 64) - 1
 
 def recipe(*parts: object) -> bytes:
     """16 bytes that change when any of `parts` does: what all latents of a run have in common."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).digest()[:KEY]
+    return bytes.fromhex(content_key(*parts))[:KEY]
 
 
 def numbers_of(place: Placement) -> tuple[int, ...]:
@@ -76,3 +77,17 @@ def mask_of(place: Placement, made_by: bytes) -> int:
 def latent_key(content: str, place: Placement, made_by: bytes) -> str:
     """The key of one image, as 32 hex characters. content: the hex SHA-256 of its bytes."""
     return f"{int(content[: 2 * KEY], 16) ^ mask_of(place, made_by):032x}"
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """The key of any text, as 32 hex characters.
+
+    made_by: what all texts of a run have in common. count: distinct texts that were encoded.
+    """
+
+    made_by: str
+    count: int = 0
+
+    def __call__(self, text: str) -> str:
+        return content_key(self.made_by, text)[: 2 * KEY]

@@ -18,6 +18,7 @@ from nai_xl.data.bucketing import BLOCK, Assigned, assigned
 from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan
 from nai_xl.data.index import Index
+from nai_xl.data.keys import TextKeys
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.rows import Item, Rows
 from nai_xl.errors import UserError
@@ -84,11 +85,11 @@ class Placed(Sequence[Sequence[LatentRef]]):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What training reads: the index, and the cache keys of every image's placements and of every text."""
+    """What training reads: the index, and how the cache keys of placements and of texts are found."""
 
     index: Index
     latents: Placed
-    texts: dict[str, str]  # text -> key; {} where the step encodes the text
+    texts: TextKeys | None  # None where the step encodes the text
     cache: Cache
     mean: torch.Tensor  # [4,1,1] of the raw latents
     std: torch.Tensor  # [4,1,1]
@@ -102,7 +103,8 @@ class Encoded:
 
     def kept(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same in the precision of the cache."""
-        tensors = self.read(self.texts[text], f"the text {shortened(text)}")
+        assert self.texts is not None
+        tensors = self.read(self.texts(text), f"the text {shortened(text)}")
         return tensors["context"], tensors["pooled"]
 
     def latents_of(self, ref: LatentRef) -> torch.Tensor:

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nai_xl.data.bucketing import cover
-from nai_xl.data.images import UNREADABLE, on_canvas, picture, reopen, to_pixels
+from nai_xl.data.images import UNREADABLE, on_canvas, picture, reopen, to_pixels, why
 from nai_xl.data.index import Index
 from nai_xl.data.rows import Item
-from nai_xl.errors import one_line
 from nai_xl.interfaces import Bucket, Bucketing, Placement
 from nai_xl.rng import Draws, draws
 
@@ -79,7 +78,7 @@ def unreadable(item: Item) -> str | None:
     try:
         picture(item)
     except UNREADABLE as error:
-        return f"not a whole image: {one_line(error)}"
+        return f"not a whole image: {why(error)}"
     return None
 
 

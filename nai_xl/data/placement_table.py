@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nai_xl.data.bucketing import BLOCK
-from nai_xl.data.keys import KEY, masks_of
+from nai_xl.data.keys import masks_of
 from nai_xl.data.loader import Placed
 from nai_xl.data.rows import Item, Rows
+from nai_xl.data.shards.shard import KEY
 from nai_xl.interfaces import Placement, Places
 
 

@@ -79,10 +79,12 @@ class Report:
         more = f", and {len(order) - SHOWN} more" if len(order) > SHOWN else ""
         cut = f"{self.cut:.1%} of a picture in the mean, {self.largest_cut:.1%} at most"
         if self.most:
-            cut += f"; {self.most} lose more than half: bucketing.max_cut={MOST} leaves them out"
-        enlarged = f"{self.enlarged} images, up to {self.largest_factor:.3g} times" if self.enlarged else "none"
+            cut += f"; more than half of {self.most}: bucketing.max_cut={MOST} leaves such out"
+        enlarged = "none"
+        if self.enlarged:
+            enlarged = f"{self.enlarged} of {self.images} images, up to {self.largest_factor:.3g} times"
         if self.much:
-            enlarged += f"; {self.much} more than twofold: bucketing.max_enlarge={MUCH:g} leaves them out"
+            enlarged += f"; {self.much} more than twofold: bucketing.max_enlarge={MUCH:g} leaves such out"
         return {"buckets": ", ".join(words) + more, "cut away": cut, "enlarged": enlarged}
 
 
@@ -122,7 +124,7 @@ def unseen(plan: EpochPlan, positions: int, *, merges: bool) -> Iterable[tuple[s
     small = sum(1 for items, lacks in zip(plan.buckets, missing, strict=True) if lacks and len(items) < plan.chunk)
     if small and not merges:
         words += (
-            f"; {small} buckets hold fewer than a chunk of {plan.chunk}: bucketing.merge_small=true puts their images "
-            "into the nearest that hold more"
+            f"; {small} of {len(plan.buckets)} buckets hold fewer than a chunk of {plan.chunk}: "
+            "bucketing.merge_small=true puts their images into the nearest that hold more"
         )
     yield "not seen", words

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 SCHEMA = pa.schema([pa.field("path", pa.binary()), pa.field("kind", pa.string()), pa.field("reason", pa.string())])
 AT_ONCE = 1 << 16  # rows that are written, or turned into a table, at a time
-OTHER = ("other", "caption", "link", "no file")
+OTHER = ("other", "hidden", "caption", "link", "no file")
 """Kinds of rows that are no images."""
 
 

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,10 +23,11 @@ from tqdm import tqdm
 from nai_xl.data.cache import content_key
 from nai_xl.data.images import UNREADABLE, on_canvas, picture, to_pixels
 from nai_xl.data.index import Index
-from nai_xl.data.keys import latent_key, recipe
+from nai_xl.data.keys import TextKeys, latent_key, recipe
 from nai_xl.data.loader import Placed, read
 from nai_xl.data.placement_table import PlacementTable
 from nai_xl.data.rows import Item
+from nai_xl.data.shards.shard import KEY
 from nai_xl.distributed import activity
 from nai_xl.distributed.team import Alone, Team
 from nai_xl.errors import UserError, one_line
@@ -44,6 +46,8 @@ READ_FIRST = 2048  # entries that are read whole at the start; of more, damage i
 VERSION = 4  # raise it whenever this code makes other latents or text conditions from the same input
 TYPES: dict[Stored, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
+NAME = np.dtype(f"S{KEY}")  # a key that numpy sorts
+Wanted = Callable[[], Iterable[str]]  # texts, which are gone through more than once instead of being kept
 
 
 @dataclass(frozen=True)
@@ -186,63 +190,60 @@ class Encoder:
     def measure(self, refs: Placed) -> Moments:
         """The moments of this rank's share of all cached latents; those of all ranks add up to the whole."""
         rank, world = self.team.rank, self.team.world
-        keys = [ref.key for row in refs for ref in row][rank::world]
+        keys = PlacementTable.of([refs]).keys(self._latents_made_by)[rank::world]
         with tqdm(keys, desc="measuring latents", disable=rank > 0) as bar:
-            return moments(read(self.cache, key)["latents"] for key in bar)
+            return moments(read(self.cache, key.tobytes().hex())["latents"] for key in bar)
 
     # --- captions -----------------------------------------------------------------------------------------------------
 
     def encode_captions(
-        self, wanted: Iterable[str], chunks: int, dtype: Literal["fp32", "bf16"] = "fp32", *, batch: int = TEXTS
-    ) -> dict[str, str]:
-        """text -> cache key, for every wanted text and for the empty one. dtype: in the cache; all compute in fp32.
+        self, wanted: Wanted, chunks: int, dtype: Literal["fp32", "bf16"] = "fp32", *, batch: int = TEXTS
+    ) -> TextKeys:
+        """Encode, once each, what the cache lacks of the wanted texts and of the empty one. Returns the way to keys.
 
-        Raises UserError, before anything is encoded, if there is no room for it.
+        dtype: in the cache; all compute in fp32. Raises UserError, before anything is encoded, if there is no room.
         """
         activity.doing("encoding the captions")
-        keys = self._text_keys(wanted, chunks, dtype)
-        texts = list(keys)
-        table = _packed(keys.values())
+        key_of = self._text_keys(chunks, dtype)
+        keys = _distinct(key_of, wanted)
         encoders = [encoder.to(self.device) for encoder in self.components.text_encoders]
         size = self._text_bytes(chunks, dtype)
         with (
-            self._missing(table, lambda which: len(which) * size, SMALLER_TEXTS) as missing,
+            self._missing(keys, lambda which: len(which) * size, SMALLER_TEXTS) as missing,
             Behind() as writing,
             _bar("captions", len(missing), "captions", self._sharing) as bar,
         ):
-            count = math.ceil(len(missing) / batch)
-            for ticket in _until(count, self._sharing.tickets()):
+            groups = enumerate(_in_groups(_lacking(key_of, wanted, keys[missing]), batch))
+            for ticket in _until(math.ceil(len(missing) / batch), self._sharing.tickets()):
                 activity.beat()
-                group = [texts[number] for number in missing[ticket * batch : (ticket + 1) * batch]]
+                group = next(group for number, group in groups if number == ticket)  # others are other ranks'
                 together = filled(group, batch)
                 context, pooled = encode_texts(self.components.tokenizers, encoders, together, chunks=chunks)
                 if not (context.isfinite().all() and pooled.isfinite().all()):
                     raise UserError(f"the text encoders gave conditions that are not finite for {group[0]!r:.80}")
                 context, pooled = context.to(TYPES[dtype]), pooled.to(TYPES[dtype])
-                rows = [(keys[t], *row) for t, *row in zip(group, context.cpu(), pooled.cpu(), strict=False)]
+                rows = [(key_of(t), *row) for t, *row in zip(group, context.cpu(), pooled.cpu(), strict=False)]
                 writing.do(self._put_texts, rows)
                 bar.n = ticket * batch + len(group)
                 bar.update(0)
             _full(bar)
         for encoder in encoders:
             encoder.to("cpu")
-        return keys
+        return replace(key_of, count=len(keys))
 
     def _put_texts(self, rows: Sequence[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
         for key, context, pooled in rows:
             self.cache.put(key, {"context": context, "pooled": pooled})
 
-    def bytes_of_captions(self, wanted: Iterable[str], chunks: int, dtype: Literal["fp32", "bf16"] = "fp32") -> int:
+    def bytes_of_captions(self, wanted: Wanted, chunks: int, dtype: Literal["fp32", "bf16"] = "fp32") -> int:
         """What encode_captions would add to the cache."""
-        keys = self._text_keys(wanted, chunks, dtype)
-        return int(self.cache.missing(_packed(keys.values())).sum()) * self._text_bytes(chunks, dtype)
+        keys = _distinct(self._text_keys(chunks, dtype), wanted)
+        return int(self.cache.missing(keys).sum()) * self._text_bytes(chunks, dtype)
 
-    def _text_keys(self, texts: Iterable[str], chunks: int, dtype: Stored) -> dict[str, str]:
-        """Each text once, and the empty one."""
+    def _text_keys(self, chunks: int, dtype: Stored) -> TextKeys:
         models = [(fingerprint(e), e.config.hidden_act, e.config.eos_token_id) for e in self.components.text_encoders]
         words = content_key(*((sorted(t.get_vocab().items()), t.pad_token_id) for t in self.components.tokenizers))
-        made_by = content_key("text", VERSION, models, words, chunks, dtype)
-        return {t: content_key(made_by, t)[:32] for t in dict.fromkeys(["", *texts])}
+        return TextKeys(content_key("text", VERSION, models, words, chunks, dtype))
 
     def _text_bytes(self, chunks: int, dtype: Stored) -> int:
         width = sum(encoder.config.hidden_size for encoder in self.components.text_encoders)
@@ -263,9 +264,30 @@ class Job:
     key: str
 
 
-def _packed(keys: Iterable[str]) -> NDArray[np.uint8]:
-    """[M,16] bytes of keys of 32 hex characters."""
-    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 16)
+def _distinct(key_of: TextKeys, wanted: Wanted) -> NDArray[np.uint8]:
+    """[M,16] the keys of the wanted texts and of the empty one, each once, in order."""
+    packed = (bytes.fromhex(key_of(text)) for text in chain([""], wanted()))
+    return np.unique(np.fromiter(packed, NAME)).view(np.uint8).reshape(-1, KEY)
+
+
+def _lacking(key_of: TextKeys, wanted: Wanted, missing: NDArray[np.uint8]) -> Iterator[str]:
+    """Each text whose key is `missing` [M,16], once: as they are wanted, so on all ranks alike."""
+    names = missing.reshape(-1).view(NAME)
+    due, left = np.ones(len(names), bool), len(names)
+    for text in chain([""], wanted()):
+        if not left:
+            return
+        name = np.array(bytes.fromhex(key_of(text)), NAME)
+        at = int(names.searchsorted(name))
+        if at < len(names) and names[at] == name and due[at]:
+            due[at] = False
+            left -= 1
+            yield text
+
+
+def _in_groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` texts; the last may have fewer."""
+    return iter(lambda: list(islice(texts, size)), [])
 
 
 def _picture(job: Job) -> torch.Tensor | str:
@@ -280,7 +302,7 @@ def _picture(job: Job) -> torch.Tensor | str:
 
 def _first_of_each(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Places of the keys [M,16] that come first of those equal to them: an image can stand in an index many times."""
-    rows = np.ascontiguousarray(keys).view("S16").reshape(-1)
+    rows = np.ascontiguousarray(keys).view(NAME).reshape(-1)
     return np.sort(np.unique(rows, return_index=True)[1])
 
 

@@ -25,7 +25,6 @@ def canvases(report: Report, skipped: int) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     shapes, images, cut = figure.subplots(3, 1, sharex=True, height_ratios=(0.55, 2, 1))
     figure.suptitle(_title(report, skipped), fontsize=11, fontweight="bold", x=0.01, ha="left")
-    _shapes(shapes, report, (width - 0.9) / count)
     x = np.arange(count)
     images.bar(x, report.counts, width=0.72, color=BLUE)
     images.set_ylabel("images")
@@ -35,10 +34,18 @@ def canvases(report: Report, skipped: int) -> Image.Image:
     for at, number in enumerate(report.counts.tolist()):
         turned = 90 if count > 12 and report.counts.max() > 999 else 0
         images.annotate(
-            f"{number:,}", (at, number), (0, 2), textcoords="offset points", ha="center", fontsize=7, rotation=turned
+            f"{number:,}",
+            (at, number),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            rotation=turned,
         )
     images.margins(y=0.16)
-    images.set_xlim(-0.6, count - 0.4)
+    around = max(0.0, (5 - count) / 2)  # one bar alone would be a wall
+    images.set_xlim(-0.6 - around, count - 0.4 + around)
     cut.bar(x, 100 * report.cuts, width=0.72, color=ORANGE)
     cut.axhline(100 * report.cut, color=GREY, linewidth=1, linestyle=(0, (4, 2)))
     cut.set_ylim(0, max(1, 105 * report.cuts.max()))
@@ -50,23 +57,28 @@ def canvases(report: Report, skipped: int) -> Image.Image:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(color=GREY)
+    figure.draw_without_rendering()  # sizes the panels
+    _shapes(shapes, report)
     figure.canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _title(report: Report, skipped: int) -> str:
-    words = f"{report.images:,} images on {len(report.buckets)} canvases, {report.cut:.1%} cut away in the mean"
+    images = f"{report.images:,} {'image' if report.images == 1 else 'images'}"
+    canvases = f"{len(report.buckets)} {'canvas' if len(report.buckets) == 1 else 'canvases'}"
+    words = f"{images} on {canvases}, {report.cut:.1%} cut away in the mean"
     words += f"\n{report.enlarged:,} enlarged"
     words += f" (up to {report.largest_factor:.3g} times, {report.much:,} more than twofold)" if report.enlarged else ""
     return f"{words}; {report.most:,} lose more than half; {skipped:,} left out"
 
 
-def _shapes(axis: Axes, report: Report, room: float) -> None:
-    """The canvases as boxes, all at one scale. room: inches across for each."""
-    high = 0.72  # inches of one unit upwards
+def _shapes(axis: Axes, report: Report) -> None:
+    """The canvases as boxes, all at one scale. `axis` has its final size."""
+    axis.set_ylim(-0.55, 0.55)
+    axis.axis("off")
+    panel = axis.get_window_extent()
+    room, high = panel.width / np.ptp(axis.get_xlim()), panel.height / np.ptp(axis.get_ylim())  # of a unit, in dots
     scale = min(high / max(b.height for b in report.buckets), 0.86 * room / max(b.width for b in report.buckets))
     for at, bucket in enumerate(report.buckets):
         width, height = scale * bucket.width / room, scale * bucket.height / high
         axis.add_patch(Rectangle((at - width / 2, -height / 2), width, height, facecolor="#cfe3f1", edgecolor=BLUE))
-    axis.set_ylim(-0.55, 0.55)
-    axis.axis("off")

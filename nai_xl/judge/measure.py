@@ -94,8 +94,8 @@ class Bench:
             self.first = self._encode(encoder, std)
         index = self.first.index
         captions = [item.caption for item in index.items]
-        texts = chain(chain.from_iterable(e.texts(self.items) for e in self.evals), captions)
-        encoded = replace(self.first, texts=encoder.encode_captions(texts, model.chunks))
+        texts = [*chain.from_iterable(e.texts(self.items) for e in self.evals), *captions]
+        encoded = replace(self.first, texts=encoder.encode_captions(lambda: texts, model.chunks))
         self._compare(model, encoder, std, encoded)
         return encoded
 
@@ -108,7 +108,7 @@ class Bench:
             self.notes += [f"{path}: {reason}: left out" for path, reason in bad.items()]
             return self._encode(encoder, std)  # others take their places
         held = [*zip(looked_at, (row[0] for row in refs), strict=True)]
-        return Encoded(index, refs, {}, self.cache, torch.zeros(4, 1, 1), std, torch.ones(len(held)), held)
+        return Encoded(index, refs, None, self.cache, torch.zeros(4, 1, 1), std, torch.ones(len(held)), held)
 
     def _compare(self, model: Model, encoder: Encoder, std: Tensor, encoded: Encoded) -> None:
         """Note a model whose autoencoder makes other latents of the same images."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from nai_xl.data.captions import Captions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket
 from nai_xl.data.index import Index, refuse_empty
+from nai_xl.data.keys import TextKeys
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches, not_finite, shortened
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.report import Report, report, unseen
@@ -88,7 +89,6 @@ class TextToImage:
     components: Components = field(init=False, repr=False)
     size: int = field(init=False, repr=False)  # parameters of the UNet
     live: LiveEncoders | None = field(default=None, init=False, repr=False)  # where the step encodes the text
-    cut: list[str] = field(default_factory=list, init=False)  # a sentence on captions that are too long
 
     def __post_init__(self) -> None:
         edge = self.native.resolution
@@ -131,7 +131,8 @@ class TextToImage:
         refuse_empty(index, "data")
         texts = self._encode_texts(index, held, encoder)
         if strategy.first:
-            self.cut = long_captions.told(index.items, self.captions, self.components.tokenizers[0], self.text.chunks)
+            cut = long_captions.told(index.items, self.captions, self.components.tokenizers[0], self.text.chunks)
+            index = replace(index, remarks=[*index.remarks, *cut])
         strategy.wait()
         refs = encoder.latent_refs(index, bucketing)
         if run.latents.is_file():  # those that the run began with, whatever has become of the cache
@@ -146,16 +147,16 @@ class TextToImage:
         shown_to = [(item, refs.of(item)[0]) for item in held]
         return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to), strategy.world)
 
-    def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> dict[str, str]:
-        """The cache keys of all texts; none where they are encoded in the steps, for which all is made ready."""
+    def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> TextKeys | None:
+        """How texts are found in the cache; None where they are encoded in the steps, for which all is made ready."""
         if self.text.in_step:
             parts, device = self.components, encoder.device
             self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
-            return {}
-        return encoder.encode_captions(self._texts(index, held), *self._kept)
+            return None
+        return encoder.encode_captions(lambda: self._texts(index, held), *self._kept)
 
     def _bytes_of_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> int:
-        return 0 if self.text.in_step else encoder.bytes_of_captions(self._texts(index, held), *self._kept)
+        return 0 if self.text.in_step else encoder.bytes_of_captions(lambda: self._texts(index, held), *self._kept)
 
     @property
     def _kept(self) -> tuple[int, Literal["fp32", "bf16"]]:
@@ -213,8 +214,8 @@ class TextToImage:
         level = schedule.at(t.long() if float(sample.axis).is_integer() else t)
         words = f"timestep {sample.axis:.6g}, alpha {level.alpha.item():.4g}, sigma {level.sigma.item():.4g}"
         entries = {ref.key: f"{item.path}"}
-        if not self.live:
-            entries[encoded.texts[text]] = f"the text {shortened(text)} of {item.path}"
+        if encoded.texts is not None:
+            entries[encoded.texts(text)] = f"the text {shortened(text)} of {item.path}"
         faults = [fault for key, of in entries.items() if (fault := not_finite(encoded.cache, key, of))]
         if self.live and not all(tensor.isfinite().all() for tensor in self.live.condition(text)):
             told = f"the text {shortened(text)} of {item.path}"
@@ -270,7 +271,7 @@ class TextToImage:
         return {"UNet": f"{self.size:,} parameters on {next(self.components.unet.parameters()).device}"}
 
     def remarks(self) -> Iterable[str]:
-        return [*sentences(self.on_native, self.native.resolution), *self.cut]
+        return sentences(self.on_native, self.native.resolution)
 
     def figure(self, choices: Mapping[str, str]) -> Image.Image:
         return method_figure.method([method_figure.Variant(diagnose(self.on_native))], headline(choices))
@@ -362,9 +363,8 @@ class TextImages:
 
     def described(self) -> Mapping[str, str]:
         encoded, count = self.encoded, len(self.index.items)
-        skipped, held = len(encoded.index.skipped), len(encoded.index.held_out)
-        images = f"{count}" + (f", {held} more held out" if held else "")
-        images += f" ({skipped} skipped, listed in skipped.csv)" if skipped else ""
+        held = len(encoded.index.held_out)
+        images = f"{count}" + (f", {held} more held out" if held else "") + encoded.index.skipped.in_words()
         positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
         missed = unseen(self._plan(self.run, self.world), positions, merges=encoded.latents.bucketing.merge_small)
         return {
@@ -376,10 +376,11 @@ class TextImages:
         }
 
     def figure(self) -> Image.Image:
-        return canvas_figure.canvases(self._report, len(self.index.skipped))
+        return canvas_figure.canvases(self._report, len(self.index.skipped.of_images()))
 
     def counted(self) -> str:
-        texts = f"{len(self.encoded.texts)} texts" if self.tokens is None else "texts are encoded in the steps"
+        keys = self.encoded.texts
+        texts = "texts are encoded in the steps" if keys is None else f"{keys.count} texts"
         return f"{self.encoded.latents.total} latents of {len(self.index.items)} images, {texts}"
 
     def write(self, run: RunDirectory) -> None:
@@ -395,8 +396,8 @@ def _measured(index: Index, refs: Placed, encoder: Encoder, strategy: Strategy) 
     """Collective: the moments of all latents. Raises UserError naming the entries by which they are not finite."""
     moments = functools.reduce(Moments.__add__, strategy.gather_objects([encoder.measure(refs)]))
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
-        pairs = [(ref.key, item.path) for item, row in zip(index.items, refs, strict=True) for ref in row]
-        share = pairs[strategy.rank :: strategy.world]
+        pairs = ((ref.key, item.path) for item, row in zip(index.items, refs, strict=True) for ref in row)
+        share = islice(pairs, strategy.rank, None, strategy.world)
         faults = (fault for key, of in share if (fault := not_finite(encoder.cache, key, of)))
         if named := strategy.gather_objects(list(faults)):
             raise UserError(" ".join(named[:4]))

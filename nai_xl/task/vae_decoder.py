@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from nai_xl.data.loader import RankBatches, whole_batches
 from nai_xl.data.pixels import PixelBatch, PixelDataset, unreadable
 from nai_xl.data.report import Report, report, unseen
 from nai_xl.data.rows import Item
+from nai_xl.distributed import activity
 from nai_xl.distributed.strategy import Strategy
 from nai_xl.engine.assemble import State
 from nai_xl.engine.loop import RunSettings
@@ -40,6 +42,7 @@ from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import refuse_other_tasks
 
 Share = Annotated[float, Field(ge=0)]
+TOGETHER = 256  # pictures that are looked at before the next are listed
 
 
 @dataclass(kw_only=True)
@@ -90,9 +93,12 @@ class VaeDecoder:
     def prepare(self, index: Index, cache: Any, strategy: Strategy, run: RunDirectory) -> Pictures:
         """Leave out what cannot be read. Nothing is encoded beforehand: batches read the pictures themselves."""
         looked_at = self._looked_at(index)
-        share = [*index.items, *looked_at][strategy.rank :: strategy.world]
+        share = chain(index.items[strategy.rank :: strategy.world], looked_at[strategy.rank :: strategy.world])
+        found: list[tuple[Path, str]] = []
         with ThreadPoolExecutor(4) as pool:
-            found = [(item.path, why) for item, why in zip(share, pool.map(unreadable, share), strict=True) if why]
+            while some := list(islice(share, TOGETHER)):
+                activity.beat()
+                found += [(item.path, why) for item, why in zip(some, pool.map(unreadable, some), strict=True) if why]
         bad = dict(strategy.gather_objects(found))
         index = index.without(bad)
         refuse_empty(index, "data")
@@ -130,7 +136,7 @@ class VaeDecoder:
             ema=state.ema,
             tracker=tracker,
             items=data.held_out or data.index.items,
-            bucketing=self.bucketing,
+            bucketing=data.bucketing,
             run_dir=run.path,
         )
 
@@ -197,14 +203,13 @@ class Pictures:
             yield PixelBatch(pixels, noise, torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
 
     def described(self) -> Mapping[str, str]:
-        count, skips = len(self.index.items), len(self.index.skipped)
-        skipped = f" ({skips} skipped, listed in skipped.csv)" if skips else ""
+        count = len(self.index.items)
         positions = self.run.steps(count, self.world) * self.run.images_per_step(self.world)
         missed = unseen(self._plan(self.run, self.world), positions, merges=self.bucketing.merge_small)
-        return {"images": f"{count}{skipped}", **self._report.rows(), **dict(missed)}
+        return {"images": f"{count}{self.index.skipped.in_words()}", **self._report.rows(), **dict(missed)}
 
     def figure(self) -> Image.Image:
-        return canvas_figure.canvases(self._report, len(self.index.skipped))
+        return canvas_figure.canvases(self._report, len(self.index.skipped.of_images()))
 
     def counted(self) -> str:
         return "nothing, this task reads the pictures themselves"

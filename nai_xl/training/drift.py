@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nai_xl import config
 from nai_xl.data.drift import changes, in_words, note
 from nai_xl.data.index import Index
+from nai_xl.distributed.strategy import Strategy
 from nai_xl.errors import UserError
 from nai_xl.files import writing
 from nai_xl.record.run_dir import RunDirectory
@@ -62,6 +63,17 @@ class Drift:
         if self.changed != "":
             with writing(home.images):
                 note(home.images, scanned)
+
+
+def refuse_unlike(index: Index, strategy: Strategy) -> None:
+    """Collective. Raises UserError on every rank where they do not see the same data: each would train on its own."""
+    seen = strategy.gather_objects([(index.fingerprint(), len(index.items))])
+    if len({fingerprint for fingerprint, _ in seen}) > 1:
+        counts = ", ".join(f"process {rank}: {count}" for rank, (_, count) in enumerate(seen))
+        raise UserError(
+            f"data: the processes see other images or captions than each other ({counts}); give every machine the same "
+            "files, leave them alone while a run starts, and run the same command again"
+        )
 
 
 def begun_anew(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:

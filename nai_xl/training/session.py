@@ -41,7 +41,7 @@ from nai_xl.record.provenance import git_commit
 from nai_xl.record.run_dir import RunDirectory
 from nai_xl.task.task import TrainingData
 from nai_xl.tracker.jsonl import NoTracker
-from nai_xl.training.drift import Drift
+from nai_xl.training.drift import Drift, refuse_unlike
 from nai_xl.training.restoring import Restoring
 
 
@@ -69,6 +69,7 @@ class Session:
     def run(self, index: Index) -> None:
         """Train, or continue, or say that there is nothing left to do. The caller holds the run's lock."""
         spec, strategy, home = self.spec, self.strategy, self.home
+        refuse_unlike(index, strategy)
         steps = spec.run.steps(len(index.items), strategy.world)
         self.pace.pace.refuse_other(pace_of(home.path), self.pace.wide)
         checkpoints = spec.checkpoint(dir=home.checkpoints, keep=spec.run.keep_checkpoints, strategy=strategy)

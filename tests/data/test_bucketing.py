@@ -132,6 +132,10 @@ def test_of_several_resolutions_an_image_gets_the_largest_that_does_not_enlarge_
     assert multi.assign(width, height) == (fits[0] if fits else alone[-1])
 
 
+def test_a_resolution_with_the_canvases_of_another_adds_none() -> None:
+    assert MultiBuckets(64, [64, 70], step=32).buckets == MultiBuckets(64, [64], step=32).buckets
+
+
 def test_resolutions_are_by_default_half_three_quarters_and_all_in_whole_steps() -> None:
     squares = [[b.width for b in MultiBuckets(edge, step=step).buckets if b.width == b.height] for edge, step in
                ((1024, 64), (128, 32), (64, 16))]  # fmt: skip
@@ -241,6 +245,7 @@ def test_square_bucketing_has_one_canvas() -> None:
     ("make", "named"),
     [
         (lambda: AspectBuckets(1024, step=12), "multiples of 8"),
+        (lambda: AspectBuckets(64, step=32, min_side=2000), "no canvas"),
         (lambda: AspectBuckets(1024, step=0), r"bucketing\.step"),
         (lambda: AspectBuckets(16, step=32), r"bucketing\.resolution"),
         (lambda: SquareBucket(100), r"bucketing\.resolution"),

@@ -458,6 +458,8 @@ def test_files_of_an_earlier_version_are_named_and_left_alone(
         for number in range(5):
             (tmp_path / name / f"{name}{number}.safetensors").write_bytes(b"old")
     cache = filled(tmp_path, 3)
+    with cache.alone("encoding"):  # images, then captions
+        cache.put(KEYS[2], latents(2))
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "about 15 files of an earlier version" in told and f"rm -r {tmp_path}/" in told
     assert whole(cache) == KEYS[:3] and len(list(tmp_path.glob("??/*"))) == 15
@@ -475,7 +477,7 @@ def test_too_little_room_is_an_error_that_names_what_is_needed_and_what_there_is
     small = DiskCache(tmp_path, max_gb=0.001)
     small.put(KEY, {"latents": torch.zeros(200_000)})
     small.refuse_too_little_room(100_000, "")
-    with pytest.raises(UserError, match=r"cache\.max_gb=0\.001: .*Raise cache\.max_gb"):
+    with pytest.raises(UserError, match=r"cache\.max_gb=0\.001: 0\.30 MB .* 0\.80 MB .*Raise cache\.max_gb"):
         small.refuse_too_little_room(300_000, "")
 
 

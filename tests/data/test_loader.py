@@ -19,6 +19,7 @@ from nai_xl.data.cache import MemoryCache
 from nai_xl.data.captions import Captions, PlainCaptions
 from nai_xl.data.epoch_plan import EpochPlan, by_bucket, numbered
 from nai_xl.data.index import Index
+from nai_xl.data.keys import TextKeys
 from nai_xl.data.loader import Encoded, Placed, PositionDataset, RankBatches, batches
 from nai_xl.data.noise import TrainingNoise
 from nai_xl.data.rows import Item
@@ -48,13 +49,12 @@ def encoded(count: int = 10) -> Encoded:
     """Images that are wide and tall by turns, two placements each, cached as random tensors."""
     generator = torch.Generator().manual_seed(0)
     cache = MemoryCache()
-    items, texts = [], {"": "text"}
-    cache.put("text", {"context": torch.zeros(77, 6), "pooled": torch.zeros(3)})
+    items, texts = [], TextKeys("made by this test")
+    cache.put(texts(""), {"context": torch.zeros(77, 6), "pooled": torch.zeros(3)})
     for i in range(count):
         bucket = TALL if i % 2 else WIDE
         items.append(Item(Path(f"{i}.png"), f"caption {i}", (100 + i, 90), f"{i:064x}"))
-        texts[items[-1].caption] = f"text {i}"
-        cache.put(f"text {i}", {"context": torch.full((77, 6), i + 1.0), "pooled": torch.full((3,), i + 1.0)})
+        cache.put(texts(f"caption {i}"), {"context": torch.full((77, 6), i + 1.0), "pooled": torch.full((3,), i + 1.0)})
         for crop in (0, 8):
             latents = torch.randn(4, bucket.height // 8, bucket.width // 8, generator=generator)
             cache.put(f"latent {i} {crop}", {"latents": latents})
@@ -155,7 +155,7 @@ def one_by_one(data: Encoded, captions: Captions, noise: TrainingNoise, strata: 
     draw, number = draws(1, at), at % 5 * 2
     item, refs = data.index.items[number], data.latents[number]
     ref = refs[draw.choice("placement", len(refs))]
-    raw, text = data.cache.get(ref.key), data.cache.get(data.texts[captions.pick(item.captions, draw)])
+    raw, text = data.cache.get(ref.key), data.cache.get(data.texts(captions.pick(item.captions, draw)))
     assert raw is not None and text is not None
     latents = (raw["latents"].float() - data.mean) / data.std
 
@@ -226,7 +226,7 @@ def test_recent_captions_are_read_once_and_the_longest_unused_one_goes(
         read.clear()
         sample = dataset[(0, number)]
         assert torch.equal(sample.context, torch.full((1, 77, 6), number + 1.0))
-        assert (f"text {number}" in read) == (number not in kept)
+        assert data.texts is not None and (data.texts(f"caption {number}") in read) == (number not in kept)
         kept = [*(other for other in kept if other != number), number][-recent:] if recent else []
 
 

@@ -45,10 +45,10 @@ def test_a_panorama_and_a_speck_are_told() -> None:
     rows = report(AspectBuckets(1024, scheme="novelai"), sizes).rows()
     assert rows["buckets"] == "10 in 1024x1024, 1 in 2048x512"
     assert rows["cut away"] == (
-        "8.5% of a picture in the mean, 93.8% at most; 1 lose more than half: bucketing.max_cut=0.5 leaves them out"
+        "8.5% of a picture in the mean, 93.8% at most; more than half of 1: bucketing.max_cut=0.5 leaves such out"
     )
     assert rows["enlarged"] == (
-        "3 images, up to 51.2 times; 2 more than twofold: bucketing.max_enlarge=2 leaves them out"
+        "3 of 11 images, up to 51.2 times; 2 more than twofold: bucketing.max_enlarge=2 leaves such out"
     )
     plain = report(SquareBucket(64), array((64, 64), (128, 128))).rows()
     assert plain["enlarged"] == "none" and "max_" not in plain["cut away"]

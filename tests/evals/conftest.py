@@ -10,6 +10,7 @@ from PIL import Image
 
 from nai_xl.data.cache import MemoryCache
 from nai_xl.data.index import Index
+from nai_xl.data.keys import TextKeys
 from nai_xl.data.loader import Encoded, LatentRef
 from nai_xl.data.rows import Item
 from nai_xl.diffusion.parameterization import V
@@ -48,10 +49,13 @@ def studio(tmp_path: Path) -> Callable[..., Studio]:
     def make(**parts: Any) -> Studio:
         cache = MemoryCache()
         pairs = held_out(cache, 7)
-        texts = {item.caption: f"text {n}" for n, (item, _) in enumerate(pairs)}
-        for n, key in enumerate(texts.values()):
+        texts = TextKeys("made by this test")
+        for n, (item, _) in enumerate(pairs):
             made = torch.Generator().manual_seed(100 + n)
-            cache.put(key, {"context": torch.randn(77, 6, generator=made), "pooled": torch.randn(5, generator=made)})
+            cache.put(
+                texts(item.caption),
+                {"context": torch.randn(77, 6, generator=made), "pooled": torch.randn(5, generator=made)},
+            )
         mean, std = (
             torch.tensor([0.5, -0.2, 0.0, 1.0])[:, None, None],
             torch.tensor([2.0, 3.0, 1.0, 4.0])[:, None, None],
@@ -68,7 +72,7 @@ def studio(tmp_path: Path) -> Callable[..., Studio]:
                 "parameterization": V(),
                 "sampling": Sampling(),
                 "condition": lambda text: (
-                    encoded.condition(text) if text in texts else (torch.zeros(77, 6), torch.zeros(5))
+                    encoded.condition(text) if texts(text) in cache else (torch.zeros(77, 6), torch.zeros(5))
                 ),
                 "decode": grey,
                 "device": torch.device("cpu"),

@@ -38,7 +38,7 @@ def fields(count: int) -> Encoded:
         assert item.drawn is not None
         cache.put(item.content, {"latents": item.drawn.latents(CANVAS)})
         pairs.append((item, LatentRef(item.content, Placement(CANVAS, CANVAS, (0, 0), False))))
-    return Encoded(Index([]), [], {}, cache, SHIFT, STD, torch.ones(0), pairs)
+    return Encoded(Index([]), [], None, cache, SHIFT, STD, torch.ones(0), pairs)
 
 
 def told(text: str) -> tuple[Tensor, Tensor]:

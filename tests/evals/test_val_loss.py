@@ -34,7 +34,7 @@ def brute_force(studio: Studio, evaluator: ValLoss, prediction: str) -> dict[str
     for item, ref in studio.encoded.held_out:
         raw = studio.encoded.cache.get(ref.key)["latents"].double()  # type: ignore[index]
         x0 = (raw - studio.encoded.mean.double()) / studio.encoded.std.double()
-        text = {k: v.double()[None] for k, v in studio.encoded.cache.get(studio.encoded.texts[item.caption]).items()}  # type: ignore[union-attr]
+        text = {k: v.double()[None] for k, v in studio.encoded.cache.get(studio.encoded.texts(item.caption)).items()}  # type: ignore[union-attr]
         ids = [40, 60, 1, 2, ref.placement.bucket.height, ref.placement.bucket.width]
         for k, t in enumerate(steps):
             noise = evaluator.noise(item_name(item), k, x0.shape).double()

@@ -147,5 +147,5 @@ def test_batches_for_compiling_look_like_those_of_the_data(small: Compose, tmp_p
     assert first.canvas[2] == 154
     for one in [first, *islice(made, 1)]:
         assert spec.task.loss(spec.task.components.unet, one).values.isfinite().all()
-    assert isinstance(data.encoded.texts, dict) and not data.encoded.texts
+    assert data.encoded.texts is None
     assert PositionDataset(data.encoded, data.captions, 0, tokens=data.tokens)[0, 0].context.shape == (1, 0, 0)

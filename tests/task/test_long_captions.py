@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from nai_xl.data.captions import PlainCaptions
 from nai_xl.data.rows import Item, Rows
 from nai_xl.model.tiny import tiny_sdxl
+from nai_xl.precompute import precompute
 from nai_xl.task import long_captions
 from nai_xl.task.long_captions import may_exceed, told
 from tests.test_train import run
@@ -73,11 +74,13 @@ def test_of_many_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_run_says_so_at_its_start(
+def test_a_run_says_so_at_its_start_and_precompute_too(
     small: Callable[..., DictConfig], images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "07.txt").write_text(f"{WORD} " * 299 + "the very end")
-    run(small("run.max_images=2"))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "1 of 12 captions have more tokens than the 75 of text.chunks=1" in printed
-    assert "text.chunks=5 holds" in printed and "07.png" in printed
+    cfg = small("run.max_images=2")
+    for start in (lambda: precompute(cfg, {}), lambda: run(cfg)):
+        start()
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "1 of 12 captions have more tokens than the 75 of text.chunks=1" in printed
+        assert "text.chunks=5 holds" in printed and "07.png" in printed

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig
 from PIL import Image
 
 from nai_xl.data.drift import changes, in_words, note
+from nai_xl.data.index import Index
 from nai_xl.data.source.folder import scan
 from nai_xl.errors import UserError
 from nai_xl.train import train
+from nai_xl.training.drift import refuse_unlike
 
 Compose = Callable[..., DictConfig]
 
@@ -79,6 +82,25 @@ def test_a_run_goes_on_stops_or_begins_anew_when_its_data_have_changed(
     new = trained(small("run.max_images=4", "data.on_change=new"))
     assert new != home and new.name.startswith(f"{home.name.rpartition('-')[0]}-")
     assert trained(small("run.max_images=4", "data.on_change=new")) == new
+
+
+def test_ranks_that_see_other_data_than_each_other_are_told_on_every_rank(images: Path) -> None:
+    class Two:
+        """Strategy of one of two processes; the other has seen `other`."""
+
+        def __init__(self, other: Index):
+            self.other = other
+
+        def gather_objects(self, rows: list[Any]) -> list[Any]:
+            return [*rows, (self.other.fingerprint(), len(self.other.items))]
+
+    before = scan(images)
+    refuse_unlike(before, Two(scan(images)))  # type: ignore[arg-type]
+    (images / "00.png").unlink()
+    with pytest.raises(
+        UserError, match=r"^data: .* \(process 0: 12, process 1: 11\); give every machine the same files"
+    ):
+        refuse_unlike(before, Two(scan(images)))  # type: ignore[arg-type]
 
 
 def test_a_run_that_has_kept_no_note_says_what_it_did_before(small: Compose, images: Path) -> None:

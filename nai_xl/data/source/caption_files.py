@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import os
 import posixpath
@@ -15,6 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from nai_xl.data.skipped import shown
+from nai_xl.errors import one_line
 
 NAMES = ("text", "caption", "captions")  # of a column, or of a key in .json
 FILE = "file_name"  # the column that Hugging Face's imagefolder has
@@ -31,7 +35,7 @@ class NoCaption(Exception):
 def decoded(raw: bytes, name: str, encoding: str) -> str:
     """The text of a caption file, without blanks around it. Raises NoCaption."""
     try:
-        text = raw.decode(_encoding_of(raw, encoding))
+        text = raw.decode(encoding_of(raw, encoding))
     except UnicodeDecodeError as error:
         shown = encoding.upper()
         mend = "; data.encoding=cp1252 reads what Windows has written" if shown == "UTF-8" else ""
@@ -40,10 +44,16 @@ def decoded(raw: bytes, name: str, encoding: str) -> str:
         wide = next((e for e, zeros in (("utf-16-le", raw[1::2]), ("utf-16-be", raw[::2])) if _zeros(zeros)), None)
         mend = f"; data.encoding={wide} reads it" if wide else ""
         raise NoCaption("NUL in the caption", f"caption file {name} holds NUL bytes{mend}")
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return one_ending(text).strip()
 
 
-def _encoding_of(raw: bytes, encoding: str) -> str:
+def one_ending(text: str) -> str:
+    """With the lines of Windows and of old Macs ending as all others do."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(raw: bytes, encoding: str) -> str:
+    """`encoding`, unless a mark at the beginning says another."""
     if raw.startswith(codecs.BOM_UTF8):  # Windows editors begin with a mark
         return "utf-8-sig"
     return "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else encoding
@@ -77,7 +87,8 @@ def listed(found: Any) -> list[str] | None:
         found = [found]
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
         return None
-    stripped = [text.encode(errors="replace").decode().strip() for text in found]  # JSON can say what no text holds
+    # JSON can say what no text holds
+    stripped = [one_ending(text.encode(errors="replace").decode()).strip() for text in found]
     return [text for text in stripped if text] or [""]
 
 
@@ -114,6 +125,7 @@ class Tables:
 
     def _opened(self, file: bytes) -> dict[bytes, list[str]] | NoCaption:
         path = Path(os.fsdecode(os.path.join(self.root, file)))  # noqa: PTH118 - names are bytes
+        name = shown(path.name)
         folder = posixpath.dirname(file)
         try:
             rows = READERS[path.suffix](path, self.encoding)
@@ -123,7 +135,9 @@ class Tables:
                 if isinstance(name, str) and (captions := listed(text)) is not None
             }
         except (OSError, ValueError, KeyError, csv.Error, RecursionError, pa.ArrowException) as error:
-            return NoCaption("bad table", f"{path.name} cannot be read: {str(error).splitlines()[0]}")
+            return NoCaption("bad table", f"{name} cannot be read: {one_line(error)}")
+        except NoCaption as error:  # kept, as the others are: every image of the table asks
+            return error
 
 
 Rows = Iterator[tuple[Any, Any]]
@@ -131,16 +145,27 @@ Rows = Iterator[tuple[Any, Any]]
 
 def _jsonl(path: Path, encoding: str) -> Rows:
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = json.loads(decoded(line, path.name, encoding))
+            row = _object(decoded(line, path.name, encoding))
+            if FILE not in row:
+                raise ValueError(f"line {number} is no JSON object with a {FILE}")
             yield row[FILE], next((row[name] for name in NAMES if name in row), None)
 
 
+def _object(text: str) -> dict[str, Any]:
+    """Empty for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
 def _csv(path: Path, encoding: str) -> Rows:
-    raw = path.read_bytes()
-    rows = csv.DictReader(raw.decode(_encoding_of(raw, encoding)).splitlines(keepends=True))
+    text = decoded(path.read_bytes(), path.name, encoding)
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     column = _column(rows.fieldnames or ())
     return ((row[FILE], row[column]) for row in rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from nai_xl.errors import UserError
 
 IMAGE = "image jpg jpeg png webp img picture image_bytes bytes file_name filename file path image_path url image_url"
 CAPTION = "text caption captions texts prompt description txt label_text tags"
+UNDECODED = re.compile("[\udc80-\udcff]")  # PEP 383: what stands for bytes that are no UTF-8
 
 
 class Columns(NamedTuple):
@@ -87,6 +89,8 @@ def as_captions(value: Any) -> list[str] | Fault:
     captions = listed(value)
     if captions is None:
         return Fault("no caption", "no caption in this row")
+    if any(UNDECODED.search(text) for text in ([value] if isinstance(value, str) else value)):
+        return Fault("undecodable caption", "the caption is not UTF-8; save the table in UTF-8")
     if any("\0" in text for text in captions):
         return Fault("NUL in the caption", "the caption holds NUL bytes")
     return captions

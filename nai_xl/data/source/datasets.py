@@ -27,7 +27,7 @@ from nai_xl.data.source.limits import Limited
 from nai_xl.data.source.part import Fault, Part, looked_at
 from nai_xl.errors import UserError
 
-WHERE = (pa.field("offset", pa.int64()), pa.field("length", pa.int64()), pa.field("at", pa.string()))
+WHERE = (pa.field("offset", pa.int64()), pa.field("length", pa.int64()), pa.field("at", pa.binary()))
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -55,6 +55,8 @@ class DatasetsSource(Limited):
 def saved_files(folder: str, split: str | None) -> list[str]:
     """The Arrow files of a saved dataset, in its order. Raises UserError for a folder that is none."""
     folder = folder.rstrip("/") if places.is_remote(folder) else str(Path(folder).expanduser())
+    if Path(folder).is_file():
+        raise UserError(f"data.dir={folder}: a file; set data.dir to the folder that save_to_disk has made")
     splits = _json(folder, SPLITS)
     if splits is not None:
         known = [str(name) for name in _items(splits, "splits")]
@@ -156,7 +158,7 @@ def read_stream(number: int, where: str, which: Columns) -> pa.Table:
                     at = linked.seen_from(where, at)
                     data = linked.fetched(where, at)
                 name = os.fsencode(places.name(at)) if at else home + b"/%d" % count
-                lies = {"offset": body.offset + start, "length": length, "at": at}
+                lies = {"offset": body.offset + start, "length": length, "at": at and os.fsencode(at)}
                 part.add(name, looked_at(data), columns.as_captions(caption), lies)
                 count += 1
     return part.table()

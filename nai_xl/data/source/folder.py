@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from nai_xl.data.source.reading import FACTS, Known, Reader, known
 from nai_xl.errors import UserError
 from nai_xl.files import user_cache
 
-VERSION = 2  # raise it whenever what a scan reads of a file changes
+VERSION = 3  # raise it whenever what a scan reads of a file changes
 PART = 4096  # images in a part: what a killed scan may lose
 HOW = (
     "a folder of images, each with a caption in a .txt, .caption or .json file of the same name or in a "
@@ -37,7 +37,7 @@ HOW = (
 
 def _existing(path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"no such folder; give {HOW}")
+        raise ValueError(f"{'a file and no' if path.exists() else 'no such'} folder; give {HOW}")
     return path
 
 
@@ -116,7 +116,7 @@ def gathered(place: Path, listing: Listing, now: float, reader: Reader) -> Facts
     fresh = [part for part in (again, listing.take(~settled)) if len(part)]
     if not fresh:
         return Facts(usable, faulty, file)
-    read = [_parted(reader.read(part, Known.nothing(len(part)))) for part in fresh]
+    read = [_parted(table) for part in fresh for table in _read_each_time(part, reader)]
     faulty = pa.concat_tables([faulty, *(bad for _, bad in read)])
     more = [good for good, _ in read if len(good)]
     if not more:
@@ -148,6 +148,14 @@ def _kept(place: Path, listing: Listing, reader: Reader) -> Path:
         notes={"reader": READER},
         sizes=[len(part) for part in parts],
     )
+
+
+def _read_each_time(listing: Listing, reader: Reader) -> Iterator[pa.Table]:
+    """Of files that no index keeps."""
+    with index_file.bar("reading the images that are new", "images", [len(listing)]) as shown:
+        for part in parts_of(listing, PART):
+            yield reader.read(part, Known.nothing(len(part)))
+            shown.update(len(part))
 
 
 def _parted(table: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -197,7 +205,7 @@ def _remarks(listing: Listing) -> Iterable[str]:
     for kind, count in _archives(listing):
         yield f"{count} .{kind} in data.dir not read; {ARCHIVES[kind]} is for them"
     kinds = SkippedFiles(listing.noted.table()).counts()
-    if count := sum(kinds.get(kind, 0) for kind in OTHER if kind != "other"):
+    if count := sum(kinds.get(kind, 0) for kind in OTHER if kind not in ("other", "hidden")):
         yield f"{count} links, captions and special files were of no use; listed in skipped.csv"
     if count := listing.twins.count:
         yield f"{count} images have the caption file of another, and its caption: {_examples(listing.twins)}"
@@ -205,6 +213,11 @@ def _remarks(listing: Listing) -> Iterable[str]:
         yield (
             f"{count} images have captions in several files, of which .txt comes before .caption and .json: "
             f"{_examples(listing.doubled)}"
+        )
+    if count := listing.apart.count:
+        yield (
+            f"{count} images have a caption file of their own, which comes before metadata.jsonl, .csv or .parquet: "
+            f"{_examples(listing.apart)}"
         )
 
 

@@ -17,14 +17,14 @@ from nai_xl.data.images import READER
 from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.index_file import built, is_whole, mapped, newest
 from nai_xl.data.rows import Rows, Store
-from nai_xl.data.skipped import SkippedFiles
+from nai_xl.data.skipped import OTHER, SkippedFiles, shown
 from nai_xl.data.source import places
 from nai_xl.data.source.limits import Choice, Limits, faults, in_order
 from nai_xl.data.source.part import SHARD
 from nai_xl.errors import UserError, one_line
 from nai_xl.files import user_cache
 
-VERSION = 1  # raise it whenever a part holds other rows for the same file and settings
+VERSION = 2  # raise it whenever a part holds other rows for the same file and settings
 PARTS = "parts"  # of an index file's notes: what each part's rows depend on
 
 
@@ -41,9 +41,19 @@ class Gathered:
         usable = int(whole.schema.metadata[b"usable"])
         choice = Choice(whole.slice(0, usable), limits)
         skipped = in_order([faults(whole.slice(usable)), *choice.skipped])
-        index = Index(choice.of(Rows.mapped(self.file, store)), SkippedFiles(skipped), remarks=[*choice.remarks()])
+        listed = SkippedFiles(skipped)
+        index = Index(
+            choice.of(Rows.mapped(self.file, store)), listed, remarks=[*_no_images(listed), *choice.remarks()]
+        )
         refuse_empty(index, self.where)
         return index
+
+
+def _no_images(skipped: SkippedFiles) -> Iterator[str]:
+    """What no count of skipped images tells."""
+    if count := len(skipped) - len(skipped.of_images()):
+        first = next(row for row in skipped if row.kind in OTHER)
+        yield f"not images: {count} entries of skipped.csv, such as {shown(first.path.name)} ({first.reason})"
 
 
 def gathered(

@@ -34,7 +34,7 @@ def fetched(where: str, at: str) -> bytes | Fault:
         try:
             return places.read(at)
         except FileNotFoundError:
-            return Fault("no file", "no such file")
+            return Fault("missing file", "no such file")
         except OSError as error:
             reason = f"cannot be read: {one_line(error)}"
     return Fault("unreachable image", reason)

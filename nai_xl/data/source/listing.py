@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import time
 from collections import Counter
@@ -30,19 +31,22 @@ THREADS = 8  # more than processors: folders on a network answer slowly
 PACKED = Struct("=3q").pack  # of length and times
 NUMBERS = 6  # of a row of stamps: length, times of change of content and of inode, of the picture and of the caption
 METADATA = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
+APPLE_DOUBLE = b"._"  # macOS keeps attributes of photo.png in ._photo.png, on disks that have none
+HIDDEN = re.compile(rb"\..*|Thumbs\.db|desktop\.ini", re.DOTALL | re.IGNORECASE)  # of systems and programs
 ARCHIVES = {"tar": "data=shards", "parquet": "data=table", "arrow": "data=datasets"}
 
 
 class Kind(IntEnum):
-    """Where a caption comes from, in the order of precedence."""
+    """Where a caption comes from. SIDECARS has them in the order of precedence, and METADATA comes last."""
 
     TXT = 0
     CAPTION = 1
     JSON = 2
     METADATA = 3
+    TXT_IN_CAPITALS = 4  # numbers stay: index files hold them
 
 
-SIDECARS = {b".txt": Kind.TXT, b".caption": Kind.CAPTION, b".json": Kind.JSON}
+SIDECARS = {b".txt": Kind.TXT, b".TXT": Kind.TXT_IN_CAPITALS, b".caption": Kind.CAPTION, b".json": Kind.JSON}
 SUFFIX_OF = {kind: suffix for suffix, kind in SIDECARS.items()}
 
 
@@ -52,7 +56,8 @@ class Listing:
 
     names: relative to the folder, as bytes. stamps [N,6]: see NUMBERS. kinds [N]: of the captions. tables: files of
     captions for many images; table [N]: which of them, -1 where the caption is a file of its own. twins: pictures that
-    share a caption file; doubled: those with captions in several places: names, the first few, and how many there are.
+    share a caption file; doubled: those with several caption files; apart: those with one, where there is a table too:
+    names, the first few, and how many there are.
     """
 
     names: pa.Array
@@ -64,6 +69,7 @@ class Listing:
     others: Counter[str]
     twins: Few
     doubled: Few
+    apart: Few
     images: int  # with and without captions
 
     def take(self, where: NDArray[Any]) -> Listing:
@@ -79,6 +85,7 @@ class Listing:
             self.others,
             self.twins,
             self.doubled,
+            self.apart,
             self.images,
         )
 
@@ -131,6 +138,7 @@ class _Found:
     others: Counter[str] = field(default_factory=Counter)
     twins: Few = field(default_factory=Few)
     doubled: Few = field(default_factory=Few)
+    apart: Few = field(default_factory=Few)
     images: int = 0
 
     def listing(self) -> Listing:
@@ -145,6 +153,7 @@ class _Found:
             self.others,
             self.twins,
             self.doubled,
+            self.apart,
             self.images,
         )
 
@@ -262,7 +271,7 @@ def _sorted_out(entries: Iterable[os.DirEntry[bytes]]) -> _Files:
             point = name.rfind(b".")
             suffix = name[point:] if point > 0 else b""
             image = suffix in _IMAGES or suffix.lower() in _IMAGES
-            if not image and suffix not in SIDECARS and name not in METADATA:
+            if name.startswith(APPLE_DOUBLE) or not (image or suffix in SIDECARS or name in METADATA):
                 files.others.append((name, suffix))
                 continue
             there = entry.stat()
@@ -306,6 +315,8 @@ def _pair(prefix: bytes, files: _Files, table: int, table_stamp: bytes, found: _
                 unused.discard(text)
             if len(captions) > 1:
                 found.doubled.add(_shown(prefix + name))
+            if table >= 0:
+                found.apart.add(_shown(prefix + name))
         elif table >= 0:
             kind, caption = Kind.METADATA, table_stamp
         else:
@@ -342,6 +353,9 @@ def _note_the_rest(prefix: bytes, files: _Files, unused: set[bytes], found: _Fou
         reason = "another caption of its image comes first" if shadowed else "a caption without an image of its name"
         found.noted.add(prefix + name, "caption", reason)
     for name, suffix in files.others:
+        if HIDDEN.fullmatch(name):
+            found.noted.add(prefix + name, "hidden", "a hidden file")
+            continue
         kind = suffix[1:].lower().decode(errors="backslashreplace")
         found.others[kind] += 1
         found.noted.add(prefix + name, "other", _about(kind))

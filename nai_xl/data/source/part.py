@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from nai_xl.data.images import UNREADABLE, Looked, look
+from nai_xl.data.images import UNREADABLE, Looked, look, why
 from nai_xl.data.rows import SCHEMA
-from nai_xl.errors import one_line
 
 AT_ONCE = 1 << 14  # rows that are Python objects at a time
 SHARD = pa.field("shard", pa.int32())  # the number of the part
@@ -39,7 +38,7 @@ def looked_at(data: bytes | Fault) -> Looked | Fault:
     try:
         return look(io.BytesIO(data))
     except UNREADABLE as error:
-        return Fault("unreadable image", f"not a readable image: {one_line(error)}")
+        return Fault("unreadable image", f"not a readable image: {why(error)}")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -221,5 +222,5 @@ class Ranges:
 
     def open(self, row: dict[str, Any]) -> BinaryIO:
         if row.get("at"):
-            return io.BytesIO(read(row["at"]))
+            return io.BytesIO(read(os.fsdecode(row["at"])))
         return io.BytesIO(read(self.files[row["shard"]], row["offset"], row["length"]))

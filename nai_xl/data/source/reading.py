@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from nai_xl.data.colour import Profile
-from nai_xl.data.images import READER, UNREADABLE, look
+from nai_xl.data.images import READER, UNREADABLE, look, why
 from nai_xl.data.rows import SCHEMA
 from nai_xl.data.skipped import shown
 from nai_xl.data.source.caption_files import NoCaption, Tables, decoded, lines_of, of_json
@@ -152,7 +152,7 @@ class Reader:
 def _unreadable(name: bytes, error: Exception) -> str:
     if name.lower().endswith((b".heic", b".heif", b".hif")) and "HEIF" not in READER:
         return "reading it needs pip install 'nai_xl[heic]'"
-    return f"not a readable image: {one_line(error)}"
+    return f"not a readable image: {why(error)}"
 
 
 def _sidecar(path: bytes, kind: Kind) -> bytes:

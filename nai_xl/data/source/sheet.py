@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nai_xl.data.source import columns, places
+from nai_xl.data.source.caption_files import encoding_of
 from nai_xl.data.source.columns import Columns
 
 AT_ONCE = 16  # rows of a parquet file that are in memory together, while it is read through
@@ -116,7 +117,9 @@ def _jsonl(where: str) -> Iterator[Row | Mapping[str, Any]]:
 
 def _csv(where: str) -> Iterator[Row | Mapping[str, Any]]:
     with places.opened(where) as file:
-        text = io.TextIOWrapper(cast(Any, file), encoding="utf-8-sig", errors="surrogateescape", newline="")
+        encoding = encoding_of(file.read(4), "utf-8")
+        file.seek(0)
+        text = io.TextIOWrapper(cast(Any, file), encoding=encoding, errors="surrogateescape", newline="")
         reader = csv.DictReader(text)
         while True:
             try:

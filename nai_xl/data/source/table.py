@@ -31,7 +31,7 @@ from nai_xl.errors import one_line
 WHERE = (
     pa.field("group", pa.int32()),
     pa.field("place", pa.int32()),
-    pa.field("at", pa.string()),
+    pa.field("at", pa.binary()),
     pa.field("_group_bytes", pa.int64()),
 )
 COSTLY = 64 << 20  # bytes of a row group
@@ -84,7 +84,12 @@ def read_table(number: int, where: str, which: Columns) -> pa.Table:
         while several := list(islice(rows, TOGETHER)):
             for row, (at, image) in zip(several, pool.map(partial(_image, where), several), strict=True):
                 name = os.fsencode(places.name(at)) if at else home + b"/%d" % row.number
-                lies = {"group": row.group, "place": row.place, "at": at, "_group_bytes": row.group_bytes}
+                lies = {
+                    "group": row.group,
+                    "place": row.place,
+                    "at": at and os.fsencode(at),
+                    "_group_bytes": row.group_bytes,
+                }
                 part.add(name, image, columns.as_captions(row.caption), lies)
     return part.table()
 
@@ -142,7 +147,7 @@ class RowGroups:
 
     def open(self, row: dict[str, Any]) -> BinaryIO:
         if row["at"] is not None:
-            return io.BytesIO(places.read(row["at"]))
+            return io.BytesIO(places.read(os.fsdecode(row["at"])))
         where = self.files[row["shard"]]
         try:
             value = _recent.column(where, row["group"], self.image)[row["place"]].as_py()

@@ -15,6 +15,7 @@ BLOCK = 512
 LONGEST = 1 << 20  # bytes of a header's extension: a name has some hundred
 FILE, OLD_FILE, CONTIGUOUS = b"0", b"\0", b"7"
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"L", b"K", b"x", b"g", b"S"
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 FOLDER = "a folder"
 BARE = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"5": FOLDER, b"6": "a pipe"}
 
@@ -107,6 +108,8 @@ def _checked(header: bytes, at: int) -> bytes:
         right = _number(header[148:156]) in sums
     except Damaged:
         right = False
+    if at == 0 and header.startswith(COMPRESSED):
+        raise Damaged("it is compressed, and there is no way to one image of it; unpack it to a .tar")
     if not right:
         raise Damaged(f"no header at byte {at}")
     return header

@@ -1,5 +1,6 @@
 """data=datasets: folders in the layout of Dataset.save_to_disk and DatasetDict.save_to_disk, written by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def test_a_saved_folder_in_a_store(images: Path, tmp_path: Path) -> None:
         assert {item.open().read() for item in index.items} == wanted
     finally:
         system.rm("/saved", recursive=True)
+
+
+def test_all_files_of_a_saved_folder_are_read_and_a_missing_one_is_told(images: Path, tmp_path: Path) -> None:
+    saved = forms.as_dataset(images, tmp_path / "saved")
+    first, second = saved / "data-00000-of-00001.arrow", saved / "more.arrow"
+    with pa.ipc.open_stream(first.read_bytes()) as stream:
+        whole = stream.read_all()
+    for path, part in ((first, whole.slice(0, 7)), (second, whole.slice(7))):
+        with pa.ipc.new_stream(str(path), whole.schema) as writer:
+            writer.write_table(part)
+    (saved / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": first.name}, {"filename": second.name}]})
+    )
+    assert DatasetsSource(str(saved)).scan().fingerprint() == FolderSource(images).scan().fingerprint()
+    second.unlink()
+    with pytest.raises(UserError, match=r"^data\.dir=.*more\.arrow: .*No such file"):
+        DatasetsSource(str(saved)).scan()
+    with pytest.raises(UserError, match=r"^data\.dir=.*arrow: a file; set data\.dir to the folder"):
+        DatasetsSource(str(first)).scan()
 
 
 def test_what_is_no_saved_folder_is_told(images: Path, tmp_path: Path) -> None:

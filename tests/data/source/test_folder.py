@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from nai_xl.data.images import HEIF, open_rgb, picture
+from nai_xl.data.source import caption_files
 from nai_xl.data.source.folder import scan
 from nai_xl.errors import UserError
 
@@ -82,6 +83,9 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "animated.gif": ANIMATED,
     "animated.webp": ANIMATED,
     "UPPER.PNG": content(png()),
+    "cmyk.jpg": save(plain().convert("CMYK"), quality=95),
+    "sixteen.png": save(Image.fromarray(np.full((20, 30), 128 * 257, np.uint16))),
+    "camera.jpg": lambda path: plain().save(path, "MPO", save_all=True, append_images=[plain(colour=(0, 0, 250))]),
     "really_a_png.jpg": content(png(compress_level=0)),
     "turned.jpg": turned(),
     "swapped.png": content(png(icc_profile=swapped())),
@@ -100,6 +104,8 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "drawing.psd": content(b"8BPS"),
     "movie.mp4": content(b"movie"),
     "README": content(b"read me"),
+    ".DS_Store": content(b"Bud1"),
+    "._photo.png": content(b"attributes"),
     "shard.tar": content(b"tar"),
     "table.parquet": content(b"PAR1"),
 }
@@ -112,6 +118,8 @@ CAPTIONS: dict[str, bytes | None] = {
     "utf16_unmarked": "a caption".encode("utf-16-le"),
     "long": b"x" * 70000,
     "no_caption": None,
+    "CAPITALS": None,
+    "._photo": None,
     "other": None,
     "object": None,
     "no_text": None,
@@ -139,6 +147,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.with_suffix(".txt").write_bytes(caption)
     for name in ("drawing", "movie", "shard", "table"):
         (folder / f"{name}.txt").unlink()
+    (folder / "CAPITALS.TXT").write_text("a caption")
     (folder / "other.caption").write_text("a caption")
     (folder / "object.json").write_text(json.dumps({"id": 5, "captions": ["one", "two"]}))
     (folder / "no_text.json").write_text(json.dumps({"id": 5}))
@@ -160,7 +169,9 @@ def test_every_file_becomes_what_the_page_says(folder: Path) -> None:
             assert skipped[name] == reason
     assert skipped["empty.png"].startswith("not a readable image: ")
     everything = {path.name for path in folder.rglob("*")}
-    sidecars = {path.name for path in folder.rglob("*") if path.suffix in (".txt", ".caption", ".json", ".jsonl")}
+    sidecars = {
+        path.name for path in folder.rglob("*") if path.suffix.lower() in (".txt", ".caption", ".json", ".jsonl")
+    }
     assert everything - used - set(skipped) - sidecars == {"table"}
 
 
@@ -181,7 +192,7 @@ def test_the_start_says_what_was_not_used_with_counts_and_overrides(folder: Path
 
 def test_captions_are_read_from_wherever_they_are(folder: Path) -> None:
     found = {item.path.name: item.captions for item in scan(folder).items}
-    assert found["windows.png"] == found["utf16.png"] == found["other.png"] == ("a caption",)
+    assert found["windows.png"] == found["utf16.png"] == found["other.png"] == found["CAPITALS.JPG"] == ("a caption",)
     assert found["object.png"] == ("one", "two") and found["row.png"] == ("of a row",) and found["blank.png"] == ("",)
     cp1252 = {item.path.name: item.captions for item in scan(folder, encoding="cp1252").items}
     assert cp1252["cp1252.png"] == ("ein schönes Bild",) and cp1252["utf16.png"] == ("a caption",)
@@ -192,7 +203,7 @@ def test_pictures_are_seen_as_they_are_meant(folder: Path) -> None:
     items = {item.path.name: item for item in scan(folder).items}
     for name, item in items.items():
         red, green, blue = np.asarray(picture(item), int).mean((0, 1))
-        expected = (COLOUR[1], COLOUR[0], COLOUR[2]) if name == "swapped.png" else COLOUR
+        expected = {"swapped.png": (COLOUR[1], COLOUR[0], COLOUR[2]), "sixteen.png": (128, 128, 128)}.get(name, COLOUR)
         assert np.abs(np.array([red, green, blue]) - expected).max() < 6, name
     assert items["turned.jpg"].size == picture(items["turned.jpg"]).size == (20, 30)
 
@@ -232,8 +243,53 @@ def test_tables_name_images_below_them_and_may_give_several_captions(tmp_path: P
     for _ in range(2):
         found = {item.path.name: item.captions for item in scan(tmp_path).items}
         assert found == {"a.png": ("one, with a comma",), "b.png": ("zwei\nZeilen",), "own.png": ("its own",)}
+    said = "1 images have a caption file of their own, which comes before metadata.jsonl, .csv or .parquet: sub/own.png"
+    assert said in scan(tmp_path).remarks
     path.write_text('{"file_name": 5') if kind == "jsonl" else path.write_bytes(b"\xff\xfe\0")
     assert [item.path.name for item in scan(tmp_path).items] == ["own.png"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_is_wrong_with_a_table_is_found_once_and_told_with_its_mend(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number}.png" for number in range(5)]
+    for number, name in enumerate(names):
+        plain((20 + number, 20)).save(tmp_path / name)
+    path = tmp_path / f"metadata.{kind}"
+    header = [] if kind == "jsonl" else ["file_name,text"]
+    lines = [
+        f"{name},schön" if header else json.dumps({"file_name": name, "text": "schön"}, ensure_ascii=False)
+        for name in names
+    ]
+    path.write_text("\r\n".join([*header, *lines]), encoding="cp1252", newline="")
+    opened: list[Path] = []
+    read = caption_files.READERS[path.suffix]
+    monkeypatch.setitem(caption_files.READERS, path.suffix, lambda *where: opened.append(where[0]) or read(*where))
+    with pytest.raises(UserError, match=rf"metadata\.{kind} is not UTF-8; data\.encoding=cp1252 reads"):
+        scan(tmp_path)
+    assert opened == [path]
+    assert {item.caption for item in scan(tmp_path, encoding="cp1252").items} == {"schön"}
+
+
+def test_lines_of_a_table_that_name_no_file_are_told_by_number(tmp_path: Path) -> None:
+    plain().save(tmp_path / "a.png")
+    for line in ("{", "[1]", json.dumps({"text": "x"})):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}) + f"\n{line}\n")
+        with pytest.raises(
+            UserError, match=r"metadata\.jsonl cannot be read: line 2 is no JSON object with a file_name"
+        ):
+            scan(tmp_path)
+
+
+def test_hidden_files_are_listed_and_never_counted(tmp_path: Path) -> None:
+    plain().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a caption")
+    for name in (".nai_xl_sample", ".DS_Store", "Thumbs.db", "desktop.ini", "._a.png", "._a.txt"):
+        (tmp_path / name).write_bytes(b"of a program")
+    index = scan(tmp_path)
+    assert len(index.items) == 1 and index.remarks == [] and index.skipped.in_words() == ""
+    assert {row.reason for row in index.skipped} == {"a hidden file"} and len(index.skipped) == 6
 
 
 def test_each_line_may_be_a_caption(tmp_path: Path) -> None:

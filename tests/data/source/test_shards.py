@@ -1,5 +1,6 @@
 """data=shards: how members become images with captions, and what is used or listed of odd and hostile ones."""
 
+import gzip
 import io
 import json
 import os
@@ -133,8 +134,11 @@ def test_a_shard_that_was_cut_gives_what_came_before(tmp_path: Path, cut: int) -
 
 def test_what_is_no_tar_file_at_all_is_told_in_one_line(tmp_path: Path) -> None:
     packed(tmp_path / "s.tar", {"1.png": picture()})
-    (tmp_path / "s.tar").write_bytes(b"\x1f\x8b" + b"x" * 5000)
+    (tmp_path / "s.tar").write_bytes(b"x" * 5000)
     with pytest.raises(UserError, match=r"^data\.files=.*s\.tar: none of 1 images .* no header at byte 0"):
+        ShardsSource(str(tmp_path / "s.tar")).scan()
+    (tmp_path / "s.tar").write_bytes(gzip.compress(os.urandom(5000)))
+    with pytest.raises(UserError, match=r"s\.tar: .* it is compressed, .*; unpack it to a \.tar"):
         scanned(tmp_path / "s.tar")
 
 

@@ -1,6 +1,7 @@
 """data=table: parquet, jsonl and csv, with bytes, names and addresses; and what is no such table."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,31 @@ def test_bad_lines_are_listed(tmp_path: Path) -> None:
     assert sum("is no JSON object" in reason for reason in reasons(index)) == 4
     (tmp_path / "t.csv").write_bytes(b'image,text\n1.png,"a\xe9"\n1.png,' + b"x" * 200_000 + b"\n1.png,b\n1.png\n")
     index = scanned(tmp_path / "t.csv")
-    assert {item.caption for item in index.items} == {"a?", "b"} and len(index.skipped) == 2
+    assert [item.caption for item in index.items] == ["b"] and len(index.skipped) == 3
+    assert "the caption is not UTF-8; save the table in UTF-8" in reasons(index)
+
+
+def test_what_windows_writes_is_read_and_names_may_be_of_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(1))
+    (tmp_path / "2.png").write_bytes(picture(2))
+    (tmp_path / "t.csv").write_bytes(b'image,text\r\ncaf\xe9.png,a\r\n2.png,"two\r\nlines"\r\n')
+    (tmp_path / "u.csv").write_bytes('image,text\r\n2.png,"two\r\nlines"\r\n'.encode("utf-16"))
+    first, second = scanned(tmp_path / "t.csv"), scanned(tmp_path / "u.csv")
+    assert {item.caption for item in first.items} == {"a", "two\nlines"} and not first.skipped
+    assert {item.open().read() for item in first.items} == {picture(1), picture(2)}
+    assert [item.caption for item in second.items] == ["two\nlines"]
+
+
+def test_files_that_are_gone_count_as_skipped_images(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "t.csv").write_text("image,text\n1.png,a\n2.png,b\n")
+    assert scanned(tmp_path / "t.csv").skipped.in_words() == " (1 skipped: 1 missing file; listed in skipped.csv)"
+
+
+def test_a_table_without_a_row_is_told(tmp_path: Path) -> None:
+    empty = parquet(tmp_path / "t.parquet", image=pa.array([], pa.binary()), text=pa.array([], pa.string()))
+    with pytest.raises(UserError, match=r"^data\.files=.*t\.parquet: there is no image$"):
+        scanned(empty)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" + b"x" * 100 + b"PAR1", b"x" * 3])
