@@ -173,8 +173,8 @@ def test_a_parameter_without_effect_exists_and_is_left_out() -> None:
 
 def test_what_is_left_out_in_short() -> None:
     assert {*config.left_out()} == {
-        *"name output_dir plugins tracker evals checkpoint distributed cache data.cache native model.config".split(),
-        *"sampling profile sweep hooks run.on_nonfinite run.max_nonfinite".split(),
+        *"name output_dir plugins tracker evals checkpoint distributed cache data.cache data.on_change native".split(),
+        *"model.config sampling profile sweep hooks run.on_nonfinite run.max_nonfinite".split(),
         *"run.log_every run.checkpoint_every run.keep_checkpoints run.workers ema.device".split(),
         *"memory.gradient_checkpointing memory.offload_activations".split(),
     }
