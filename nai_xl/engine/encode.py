@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,6 +28,7 @@ from nai_xl.data.rows import Item
 from nai_xl.data.shards.shard import KEY
 from nai_xl.distributed import activity
 from nai_xl.distributed.team import Alone, Team
+from nai_xl.engine.overlap import Behind, ahead, readers, until
 from nai_xl.errors import UserError, one_line
 from nai_xl.interfaces import Bucket, Bucketing, Cache, Placement
 from nai_xl.model.latents import Moments, Stored, moments
@@ -41,7 +40,6 @@ from nai_xl.model.vae import encode_pixels
 PIXELS = 2 * 1024 * 1024  # encoded at once: SDXL's autoencoder holds 2.5 GiB for each million of them
 TOGETHER = 8  # images at most
 AHEAD = 3  # batches that are read before their turn
-BEHIND = 3  # batches that may wait to be written
 READ_FIRST = 2048  # entries that are read whole at the start; of more, damage is found when they are used
 VERSION = 4  # raise it whenever this code makes other latents or text conditions from the same input
 TYPES: dict[Stored, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,8 +110,8 @@ class Encoder:
                 jobs = [Job(*table.job(row), keys[row].tobytes().hex()) for row in batches[ticket]]
                 return ticket, jobs, [reading.submit(_picture, job) for job in jobs]
 
-            tickets = _until(len(batches), self._sharing.tickets())
-            for ticket, jobs, pictures in _ahead(map(begin, tickets), AHEAD):
+            tickets = until(len(batches), self._sharing.tickets())
+            for ticket, jobs, pictures in ahead(map(begin, tickets), AHEAD):
                 activity.beat()
                 found = [picture.result() for picture in pictures]
                 bad |= {job.item.path: why for job, why in zip(jobs, found, strict=True) if isinstance(why, str)}
@@ -214,7 +212,7 @@ class Encoder:
             _bar("captions", len(missing), "captions", self._sharing) as bar,
         ):
             groups = enumerate(_in_groups(_lacking(key_of, wanted, keys[missing]), batch))
-            for ticket in _until(math.ceil(len(missing) / batch), self._sharing.tickets()):
+            for ticket in until(math.ceil(len(missing) / batch), self._sharing.tickets()):
                 activity.beat()
                 group = next(group for number, group in groups if number == ticket)  # others are other ranks'
                 together = filled(group, batch)
@@ -343,51 +341,6 @@ def filled(rows: list[T], size: int) -> list[T]:
     depend on what else was encoded with it.
     """
     return rows + rows[-1:] * (size - len(rows))
-
-
-def readers() -> int:
-    """Threads that decode pictures: this process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(cores, 2), 16)
-
-
-class Behind:
-    """A thread that does one thing after the other, while the caller goes on. An error is raised by a later call."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1)
-        self.begun: deque[Future[None]] = deque()
-
-    def do(self, work: Any, *arguments: Any) -> None:
-        while len(self.begun) >= BEHIND:
-            self.begun.popleft().result()
-        self.begun.append(self.pool.submit(work, *arguments))
-
-    def __enter__(self) -> Behind:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.pool.shutdown(cancel_futures=error is not None)
-        if error is None:
-            for future in self.begun:
-                future.result()
-
-
-def _ahead(begun: Iterator[T], count: int) -> Iterator[T]:
-    """The same, of which `count` more have always been made before one is given out."""
-    waiting: deque[T] = deque()
-    for one in begun:
-        waiting.append(one)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _until(count: int, tickets: Iterator[int]) -> Iterator[int]:
-    for ticket in tickets:
-        if ticket >= count:
-            return
-        yield ticket
 
 
 def _bar(what: str, missing: int, unit: str, team: Team) -> tqdm[Any]:

@@ -21,7 +21,7 @@ from nai_xl.distributed.strategy import DataParallel
 from nai_xl.engine.precompile import precompile
 from nai_xl.interfaces import Batch, Bucket, Losses
 from nai_xl.model.tiny import tiny_sdxl
-from nai_xl.task.text_to_image import random_batch
+from nai_xl.task.text_images import random_batch
 from tests.conftest import joined
 from tests.test_train import losses, run, same_weights
 

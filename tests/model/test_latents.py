@@ -19,12 +19,14 @@ from torch.distributed import HashStore
 
 from nai_xl import config
 from nai_xl.config.spec import Spec
+from nai_xl.data.bucketing import SquareBucket
 from nai_xl.data.cache import MemoryCache
-from nai_xl.data.loader import LatentRef, PositionDataset
+from nai_xl.data.index import Index
+from nai_xl.data.loader import PositionDataset
+from nai_xl.data.rows import Item
 from nai_xl.distributed.team import StoreTeam
 from nai_xl.engine.encode import Encoder
 from nai_xl.errors import UserError
-from nai_xl.interfaces import Bucket, Placement
 from nai_xl.model.latents import (
     GivenLatents,
     Moments,
@@ -118,12 +120,12 @@ def test_every_pixel_counts_the_same() -> None:
 def test_shares_of_all_processes_add_up(world: int) -> None:
     """World 5: more processes than latents, so that one has none."""
     latents = random_latents(0, 4, 3.0, 2.0)
-    cache, place = MemoryCache(), Placement(Bucket(8, 8), (8, 8), (0, 0), flip=False)
-    refs = [[LatentRef(f"{row}{i}", place) for i in range(2)] for row in range(2)]
-    for ref, latent in zip((ref for row in refs for ref in row), latents, strict=True):
-        cache.put(ref.key, {"latents": latent})
+    cache, index = MemoryCache(), Index([Item(Path(f"{n}.png"), "", (8, 8), f"{n:064x}") for n in range(2)])
     teams = [StoreTeam(HashStore(), rank, world) for rank in range(world)]
     ranks = [Encoder(tiny_sdxl(seed=0), cache, "fp32", torch.device("cpu"), team=team) for team in teams]
+    refs = ranks[0].latent_refs(index, SquareBucket(8, flip=True))
+    for ref, latent in zip((ref for row in refs for ref in row), latents, strict=True):
+        cache.put(ref.key, {"latents": latent})
     assert_moments(functools.reduce(Moments.__add__, (encoder.measure(refs) for encoder in ranks)), latents)
 
 

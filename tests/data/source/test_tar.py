@@ -131,4 +131,5 @@ def test_a_cut_file_keeps_what_came_before() -> None:
 
 
 def test_what_is_no_tar_file_is_damaged_at_its_first_byte() -> None:
-    assert sound(b"\x1f\x8b" * 5000) == ([], "no header at byte 0")
+    assert sound(b"\x2f\x8b" * 5000) == ([], "no header at byte 0")
+    assert "compressed" in sound(b"\x1f\x8b" * 5000)[1]
