@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL
@@ -126,18 +126,24 @@ class GivenLatents:
         return _channels(self.mean), _channels(self.std)
 
 
-def write_statistics(path: Path, statistics: Statistics) -> None:
-    """As JSON, whose decimals give back the same bits."""
+def write_statistics(path: Path, statistics: Statistics, stored: Stored = "fp32") -> None:
+    """As JSON, whose decimals give back the same bits, with the precision that the latents have in the cache."""
     mean, std = (values.flatten().tolist() for values in statistics)
-    path.write_text(json.dumps({"mean": mean, "std": std}))
+    path.write_text(json.dumps({"mean": mean, "std": std, "stored": stored}))
 
 
-def read_statistics(path: Path) -> Statistics:
-    """What write_statistics wrote. Raises UserError if it is damaged."""
+def read_statistics(path: Path) -> tuple[Tensor, Tensor, Stored]:
+    """What write_statistics wrote. Earlier versions, whose files tell no precision, kept latents in fp32.
+
+    Raises UserError if it is damaged.
+    """
     try:
-        stored = json.loads(path.read_text())
-        return _channels(stored["mean"]), _channels(stored["std"])
-    except (ValueError, KeyError, TypeError) as error:
+        told = json.loads(path.read_text())
+        stored: Stored = told.get("stored", "fp32")
+        if stored not in get_args(Stored):
+            raise ValueError(stored)
+        return _channels(told["mean"]), _channels(told["std"]), stored
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged; delete it to have it made anew, or set name=NAME for a new run") from error
 
 

@@ -27,7 +27,7 @@ from nai_xl.interfaces import (
     Batch,
     Bucket,
 )
-from nai_xl.model.latents import in_words, write_statistics
+from nai_xl.model.latents import Stored, in_words, write_statistics
 from nai_xl.model.text import Tokens
 from nai_xl.record.run_dir import RunDirectory
 
@@ -48,6 +48,7 @@ class TextImages:
     run: RunSettings
     world: int
     tokens: Tokens | None = None
+    stored: Stored = "fp32"
 
     @property
     def index(self) -> Index:
@@ -128,7 +129,7 @@ class TextImages:
             write_tags(self._tags, run.tag_weights)
         run.claim_data(self.index.fingerprint(), len(self.index.items))
         statistics = (self.encoded.mean, self.encoded.std)
-        write_atomically(run.latents, lambda path: write_statistics(path, statistics))
+        write_atomically(run.latents, lambda path: write_statistics(path, statistics, self.stored))
 
 
 def random_batch(sample: Batch, bucket: Bucket, batch_size: int, generator: torch.Generator) -> Batch:

@@ -110,7 +110,10 @@ class TextToImage:
 
     def prepare(self, index: Index, cache: Cache, strategy: Strategy, run: RunDirectory) -> TextImages:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
-        stored: Stored = self.latents.stored or ("bf16" if self.computed is torch.bfloat16 else "fp32")
+        # a run that goes on has what it began with, whatever has become of defaults and the cache
+        begun = read_statistics(run.latents) if run.latents.is_file() else None
+        default: Stored = begun[2] if begun else "bf16" if self.computed is torch.bfloat16 else "fp32"
+        stored: Stored = self.latents.stored or default
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
         refs = encoder.latent_refs(index, bucketing)
@@ -129,8 +132,8 @@ class TextToImage:
             index = replace(index, remarks=[*index.remarks, *cut])
         strategy.wait()
         refs = encoder.latent_refs(index, bucketing)
-        if run.latents.is_file():  # those that the run began with, whatever has become of the cache
-            mean, std = read_statistics(run.latents)
+        if begun:
+            mean, std, _ = begun
         else:
             mean, std = self.latents.statistics(
                 self.components.vae,
@@ -139,7 +142,8 @@ class TextToImage:
         with keyed("sample_weights"):
             weights = self.sample_weights(index=index)
         shown_to = [(item, refs.of(item)[0]) for item in held]
-        return self.samples(Encoded(index, refs, texts, cache, mean, std, weights, shown_to), strategy.world)
+        encoded = Encoded(index, refs, texts, cache, mean, std, weights, shown_to)
+        return self.samples(encoded, strategy.world, stored)
 
     def _encode_texts(self, index: Index, held: Sequence[Item], encoder: Encoder) -> TextKeys | None:
         """How texts are found in the cache; None where they are encoded in the steps, for which all is made ready."""
@@ -163,14 +167,14 @@ class TextToImage:
         shown = chain.from_iterable(evaluator.texts(index.items) for evaluator in self.evals)
         return chain(drawn, shown, (item.caption for item in held))
 
-    def samples(self, encoded: Encoded, world: int = 1) -> TextImages:
+    def samples(self, encoded: Encoded, world: int = 1, stored: Stored = "fp32") -> TextImages:
         """What batches are drawn from, of images, and of texts unless the step encodes them, that lie in a cache.
 
-        world: processes that train.
+        world: processes that train. stored: the latents' precision in the cache.
         """
         strata = functools.partial(strata_of, self.objective.timesteps)
         tokens = self.live.tokens if self.live else None
-        return TextImages(encoded, self.captions, self.noise, strata, self.run, world, tokens)
+        return TextImages(encoded, self.captions, self.noise, strata, self.run, world, tokens, stored)
 
     @property
     def computed(self) -> torch.dtype:

@@ -120,7 +120,7 @@ def test_every_pixel_counts_the_same() -> None:
 def test_shares_of_all_processes_add_up(world: int) -> None:
     """World 5: more processes than latents, so that one has none."""
     latents = random_latents(0, 4, 3.0, 2.0)
-    cache, index = MemoryCache(), Index([Item(Path(f"{n}.png"), "", (8, 8), f"{n:064x}") for n in range(2)])
+    cache, index = MemoryCache(), Index([Item(Path(f"{n}.png"), "", (8, 8), 64 * f"{n}") for n in range(2)])
     teams = [StoreTeam(HashStore(), rank, world) for rank in range(world)]
     ranks = [Encoder(tiny_sdxl(seed=0), cache, "fp32", torch.device("cpu"), team=team) for team in teams]
     refs = ranks[0].latent_refs(index, SquareBucket(8, flip=True))
@@ -188,12 +188,26 @@ def test_channel_that_cannot_be_normalised_is_refused(vae: AutoencoderKL, value:
 def test_stored_numbers_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
     path = tmp_path_factory.getbasetemp() / "latents.json"
     numbers = torch.tensor(values).view(4, 1, 1)
-    write_statistics(path, (numbers, numbers + 1))
-    mean, std = read_statistics(path)
-    assert torch.equal(mean, numbers) and torch.equal(std, numbers + 1)
+    write_statistics(path, (numbers, numbers + 1), "bf16")
+    mean, std, stored = read_statistics(path)
+    assert torch.equal(mean, numbers) and torch.equal(std, numbers + 1) and stored == "bf16"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"mean": "x", "std": "y"}'])
+def test_a_run_of_an_earlier_version_keeps_its_latents_in_fp32(small: Callable[..., DictConfig]) -> None:
+    """Whose latents.json tells no precision: it goes on with what it began with, and others with bf16."""
+    folder = run(small("precision=bf16", "latents.stored=fp32", "run.max_images=4", "name=old"))
+    told = json.loads((folder / "latents.json").read_text())
+    assert told.pop("stored") == "fp32"
+    (folder / "latents.json").write_text(json.dumps(told))
+    home, spec = RunDirectory(folder), Spec.of(small("precision=bf16", "run.max_images=4"))
+    spec.task.load(spec.model)
+    assert spec.task.prepare(spec.scan(), spec.cache, spec.start(), home).stored == "fp32"
+    assert spec.task.prepare(spec.scan(), spec.cache, spec.start(), RunDirectory(folder / "new")).stored == "bf16"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"mean": "x", "std": "y"}', '{"mean": [1], "std": [1], "stored": "x"}']
+)
 def test_damaged_numbers_are_told(tmp_path: Path, content: str) -> None:
     path = tmp_path / "latents.json"
     path.write_text(content)
