@@ -23,6 +23,7 @@ from nai_xl.data.placement_table import PlacementTable
 from nai_xl.data.rows import Item
 from nai_xl.distributed.team import Alone, StoreTeam, Team
 from nai_xl.engine import encode as module
+from nai_xl.engine import overlap
 from nai_xl.engine.encode import Encoder
 from nai_xl.errors import UserError
 from nai_xl.interfaces import Cache
@@ -91,7 +92,7 @@ def test_a_slow_rank_leaves_the_work_to_a_fast_one(
         def _put_latents(self, made: Any) -> None:
             super()._put_latents(made)
             done[self.team.rank] += len(made)
-            while self.team.rank == 1 and sum(done) < 12 - module.AHEAD - module.BEHIND - 1:
+            while self.team.rank == 1 and sum(done) < 12 - module.AHEAD - overlap.BEHIND - 1:
                 time.sleep(0.01)
 
     def encode(rank: int) -> None:
@@ -100,7 +101,7 @@ def test_a_slow_rank_leaves_the_work_to_a_fast_one(
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(encode, range(2)))
-    assert sum(done) == 12 and done[1] <= module.AHEAD + module.BEHIND + 2
+    assert sum(done) == 12 and done[1] <= module.AHEAD + overlap.BEHIND + 2
 
 
 def test_entries_with_wrong_bytes_are_made_anew_and_counted(
