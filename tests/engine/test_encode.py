@@ -1,5 +1,6 @@
 """Encoding by one process or several, and by several runs that begin together."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,7 +227,7 @@ def test_an_error_of_the_writer_ends_the_encoding_and_the_same_call_goes_on(
 ) -> None:
     """A disk that is full after a few entries, and has room again."""
     components, bucketing, _ = parts
-    write, left = module.os.pwrite, [20]
+    write, left = os.pwrite, [20]
 
     def full(file: int, data: Any, offset: int) -> int:
         left[0] -= 1
