@@ -13,13 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from data_made import CHUNK, READ, READ_SMALL, RECIPE, SMALL
+from data_made import BATCH, CHUNK, READ, READ_SMALL, RECIPE, SMALL, middle, read_first
 from resources import MIB, Times, each, rate, settled, tell, worker_growth
 
 index_module, loader, cache_module = (import_module(f"nai_xl.data.{name}") for name in ("index", "loader", "cache"))
 epoch_plan, bucketing = (import_module(f"nai_xl.data.{name}") for name in ("epoch_plan", "bucketing"))
 captions, sample_weights = (import_module(f"nai_xl.data.{name}") for name in ("captions", "sample_weights"))
-BATCH = 8
 
 
 def listed(file: Path) -> Any:
@@ -51,19 +50,6 @@ def sampler(rows: Any, start: int) -> Any:
     buckets = epoch_plan.by_bucket([row[0].placement.bucket for row in rows])
     plan = epoch_plan.EpochPlan(buckets, seed=0, chunk=CHUNK)
     return loader.RankBatches(plan, start=start, batch_size=BATCH, rank=0, world=1)
-
-
-def middle(count: int) -> int:
-    return (2 * count + count // 2) // BATCH * BATCH
-
-
-def read_first(rows: Any, count: int) -> list[int]:
-    found: list[int] = []
-    for batch in sampler(rows, middle(len(rows))):
-        found += [number for _, number in batch]
-        if len(found) >= count:
-            return list(dict.fromkeys(found))
-    raise AssertionError("a plan is endless")
 
 
 def encoded(index: Any, rows: Any, texts: dict[str, str], cache: Any) -> Any:
@@ -111,7 +97,7 @@ def memory(file: Path, folder: Path) -> dict[str, float]:
     next(batches)
     used = settled() - before
     small, cache = refs(index, SMALL), cache_module.DiskCache(folder / "before_small")
-    put(cache, small, read_first(small, READ_SMALL))
+    put(cache, small, read_first(sampler, small, READ_SMALL))
     cache.put(RECIPE, {"context": torch.randn(77, 32), "pooled": torch.randn(32)})
     data = encoded(index, small, {"": RECIPE}, cache)
     early, late = READ_SMALL // BATCH // 4, READ_SMALL // BATCH - 16
@@ -131,7 +117,7 @@ def reading(file: Path, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     index, cache = listed(file), cache_module.DiskCache(folder / "before_large")
     rows, keys = refs(index), text_keys(index)
-    numbers = read_first(rows, READ)
+    numbers = read_first(sampler, rows, READ)
     put(cache, rows, numbers)
     texts = {index.items[n].caption: keys[index.items[n].caption] for n in numbers}
     for key in texts.values():

@@ -5,6 +5,7 @@ without latents; folders of tiny pictures. Seeded.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 BLOCK = 1 << 20  # rows of a piece, as the index files of data=folder have them
+BATCH = 8
 CHUNK = 256  # positions of the plan that share a bucket: 8 images on each of 32 processes
 READ, READ_SMALL = 512, 16384  # entries that are read, at SDXL's size and small ones
 SMALL = 64  # pixels
@@ -92,3 +94,18 @@ def write_folder(folder: Path, count: int) -> None:
         # bytes after the end of the picture make it another file
         (place / f"{number}.png").write_bytes(made.getvalue() + number.to_bytes(8, "little"))
         (place / f"{number}.txt").write_text(f"picture {number}, {', '.join(WORDS[number % 50 :: 7])}")
+
+
+def middle(count: int) -> int:
+    """A position in the middle of the third epoch."""
+    return (2 * count + count // 2) // BATCH * BATCH
+
+
+def read_first(sampler: Callable[[Any, int], Iterable[Any]], rows: Any, count: int) -> list[int]:
+    """The first images that a run reads which goes on from the middle. sampler: rows, a position -> its batches."""
+    found: list[int] = []
+    for batch in sampler(rows, middle(len(rows))):
+        found += [number for _, number in batch]
+        if len(found) >= count:
+            return list(dict.fromkeys(found))
+    raise AssertionError("a plan is endless")

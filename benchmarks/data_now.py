@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_made import CHUNK, READ, READ_SMALL, RECIPE, SMALL, sparse_shards
+from data_made import BATCH, CHUNK, READ, READ_SMALL, RECIPE, SMALL, middle, read_first, sparse_shards
 from resources import MIB, Peak, Times, each, rate, settled, tell, worker_growth
 
 from nai_xl.data.bucketing import AspectBuckets
@@ -28,7 +28,6 @@ from nai_xl.data.placement_table import PlacementTable
 from nai_xl.data.rows import Rows
 from nai_xl.data.sample_weights import equal
 
-BATCH = 8
 MADE_BY = recipe(RECIPE)
 TEXTS = TextKeys(RECIPE)
 
@@ -50,26 +49,11 @@ def sampler(latents: Placed, start: int) -> RankBatches:
     return RankBatches(plan, start=start, batch_size=BATCH, rank=0, world=1)
 
 
-def middle(count: int) -> int:
-    """A position in the middle of the third epoch."""
-    return (2 * count + count // 2) // BATCH * BATCH
-
-
-def read_first(latents: Placed, count: int) -> list[int]:
-    """The first images that a run reads which goes on from the middle."""
-    found: list[int] = []
-    for batch in sampler(latents, middle(len(latents))):
-        found += [number for _, number in batch]
-        if len(found) >= count:
-            return list(dict.fromkeys(found))
-    raise AssertionError("a plan is endless")
-
-
 def fill(file: Path, folder: Path) -> None:
     """A cache that has all keys, and whole entries of those images that are read."""
     index = opened(file)
     latents, draw = placed(index), torch.Generator().manual_seed(0)
-    whole = read_first(latents, READ)
+    whole = read_first(sampler, latents, READ)
     there = np.ones(len(index.items), bool)
     there[whole] = False
     sparse_shards(folder / "cache" / "shards", keys(latents)[there])
@@ -82,7 +66,7 @@ def fill(file: Path, folder: Path) -> None:
             cache.put(TEXTS(caption), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     small, cache = placed(index, SMALL), DiskCache(folder / "small")
     with cache.alone("benchmark"):
-        _put(cache, small, read_first(small, READ_SMALL), draw)
+        _put(cache, small, read_first(sampler, small, READ_SMALL), draw)
         cache.put(TEXTS(""), {"context": torch.randn(77, 32), "pooled": torch.randn(32)})
     os.sync()  # pages of a mapped file that wait for the disk would count as written by who looks at them
 
@@ -159,7 +143,7 @@ def reading(file: Path, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     index, cache = opened(file), DiskCache(folder / "cache")
     latents = placed(index)
-    numbers = read_first(latents, READ)
+    numbers = read_first(sampler, latents, READ)
     texts = list(dict.fromkeys(TEXTS(index.items[n].caption) for n in numbers))
     data = encoded(index, latents, cache)
     found: dict[str, float] = {}

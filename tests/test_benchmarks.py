@@ -179,7 +179,7 @@ def test_generated_indexes_are_in_order_and_their_keys_are_found_in_the_generate
     now.fill(tmp_path / "index.arrow", tmp_path)
     cache, latents = now.DiskCache(tmp_path / "cache"), now.placed(index)
     assert not cache.missing(now.keys(latents)).any()
-    assert all(cache.get(latents[number][0].key) is not None for number in now.read_first(latents, 8))
+    assert all(cache.get(latents[number][0].key) is not None for number in now.read_first(now.sampler, latents, 8))
 
 
 def test_growth_is_the_exponent_between_sizes(load: Any) -> None:

@@ -109,6 +109,7 @@ class _Placing:
     """
 
     tiers: Sequence[Tier]  # by area
+    step: int = 8  # sides are multiples of it
     crops: int
     flip: bool
     max_enlarge: float | None  # limits of what is trained on: data.report
@@ -119,7 +120,9 @@ class _Placing:
     def buckets(self) -> list[Bucket]:
         return list(chain.from_iterable(self.tiers))
 
-    def _refuse_nonsense(self) -> None:
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise UserError(f"bucketing.step={self.step}: must be a multiple of 8")
         if self.crops < 1:
             raise UserError(f"bucketing.crops={self.crops}: must be at least 1")
         if not all(self.tiers):
@@ -244,11 +247,6 @@ class AspectBuckets(_Placing):
     max_cut: Cut | None = None
     merge_small: bool = False
 
-    def __post_init__(self) -> None:
-        if self.step < 1:
-            raise UserError(f"bucketing.step={self.step}: must be a multiple of 8")
-        self._refuse_nonsense()
-
     @cached_property
     def tiers(self) -> list[Tier]:  # type: ignore[override]
         limits = {"min_side": self.min_side, "max_side": self.max_side}
@@ -272,11 +270,6 @@ class MultiBuckets(_Placing):
     max_enlarge: Enlarge | None = None
     max_cut: Cut | None = None
     merge_small: bool = False
-
-    def __post_init__(self) -> None:
-        if self.step < 1:
-            raise UserError(f"bucketing.step={self.step}: must be a multiple of 8")
-        self._refuse_nonsense()
 
     @cached_property
     def tiers(self) -> list[Tier]:  # type: ignore[override]
@@ -325,7 +318,7 @@ class SdxlTable(_Placing):
                 f"bucketing.resolution={self.resolution}: SDXL's table can be scaled to multiples of 128 alone; "
                 "set bucketing.resolution=1024, or bucketing=aspect"
             )
-        self._refuse_nonsense()
+        super().__post_init__()
 
     @cached_property
     def tiers(self) -> list[Tier]:  # type: ignore[override]
@@ -347,9 +340,6 @@ class SquareBucket(_Placing):
     max_cut: Cut | None = None
 
     merge_small = False
-
-    def __post_init__(self) -> None:
-        self._refuse_nonsense()
 
     @cached_property
     def tiers(self) -> list[Tier]:  # type: ignore[override]

@@ -13,13 +13,12 @@ import pyarrow.compute as pc
 
 from nai_xl.data import index_file
 from nai_xl.data.index import Index
-from nai_xl.data.rows import BETWEEN, Rows
+from nai_xl.data.rows import AT_ONCE, Rows, of_bytes
 from nai_xl.data.skipped import shown
 from nai_xl.files import write_atomically
 
 CONTENT, CAPTIONS = 16, 8  # bytes of each hash: of so many images, no two share them by chance
 NAMED = 1 << 16  # images of which the names are kept too, 6 MB
-AT_ONCE = 1 << 16
 SHOWN = 3
 SCHEMA = pa.schema([("content", pa.binary(CONTENT)), ("captions", pa.binary(CAPTIONS)), ("path", pa.binary())])
 
@@ -66,14 +65,10 @@ def _batches(rows: Rows, named: bool) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
         contents = np.ascontiguousarray(part.contents[:, :CONTENT])
-        texts = pc.binary_join(part.column("captions"), BETWEEN).to_pylist()
+        texts = part.joined().to_pylist()
         hashes = b"".join(blake2b(text.encode(), digest_size=CAPTIONS).digest() for text in texts)
         paths = part.column("path").combine_chunks() if named else pa.nulls(len(part), pa.binary())
-        yield pa.record_batch([_fixed(contents.tobytes(), CONTENT), _fixed(hashes, CAPTIONS), paths], schema=SCHEMA)
-
-
-def _fixed(data: bytes, width: int) -> pa.Array:
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data) // width, [None, pa.py_buffer(data)])
+        yield pa.record_batch([of_bytes(contents.tobytes(), CONTENT), of_bytes(hashes, CAPTIONS), paths], schema=SCHEMA)
 
 
 def _between(before: pa.Table, after: pa.Table) -> list[Change]:

@@ -109,8 +109,6 @@ class Rows(Sequence[Item]):
         if isinstance(items, Rows):
             return items
         given = list(items)
-        if not given:  # making columns of lists imports pandas
-            return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
         columns: list[Any] = [
             [bytes.fromhex(item.content) for item in given],
             [item.size[0] for item in given],
@@ -118,8 +116,7 @@ class Rows(Sequence[Item]):
             [list(item.captions) for item in given],
             [os.fsencode(item.path) for item in given],
         ]
-        arrays = [pa.array(values, kind.type) for values, kind in zip(columns, SCHEMA, strict=True)]
-        return cls(pa.table(arrays, schema=SCHEMA), given=given)
+        return cls(table_of(SCHEMA, columns), given=given)
 
     @classmethod
     def mapped(cls, file: Path, store: Store | None = None, root: Path = Path()) -> Rows:
@@ -228,7 +225,7 @@ class Rows(Sequence[Item]):
     @property
     def contents(self) -> NDArray[np.uint8]:
         """[N,32]: SHA-256 of each image's bytes."""
-        return digests(self.column("content"))
+        return as_bytes(self.column("content"))
 
     def order(self) -> NDArray[np.int64]:
         """The items' numbers by content and then by captions, as every source has them."""
@@ -258,22 +255,35 @@ def _taken(column: pa.ChunkedArray, places: NDArray[np.uint32]) -> pa.ChunkedArr
     return between.take(pa.array(places - np.uint32(first)))
 
 
-def digests(column: pa.ChunkedArray) -> NDArray[np.uint8]:
-    """[N,32] of a column of fixed size, without a copy where it has one chunk."""
+def table_of(schema: pa.Schema, columns: Sequence[Sequence[Any]]) -> pa.Table:
+    """The table of these columns, each a list of values."""
+    if not columns[0]:  # making columns of lists imports pandas
+        return pa.Table.from_arrays([pa.nulls(0, one.type) for one in schema], schema=schema)
+    return pa.table([pa.array(values, one.type) for values, one in zip(columns, schema, strict=True)], schema=schema)
+
+
+def as_bytes(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """[N,width] of a column of fixed width, without a copy where it has one chunk."""
+    width = column.type.byte_width
     parts = [
-        np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, DIGEST)[chunk.offset : chunk.offset + len(chunk)]
+        np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, width)[chunk.offset : chunk.offset + len(chunk)]
         for chunk in column.chunks
         if len(chunk)
     ]
     if not parts:
-        return np.zeros((0, DIGEST), np.uint8)
+        return np.zeros((0, width), np.uint8)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def of_bytes(data: bytes, width: int) -> pa.Array:
+    """The column of fixed width whose values are `data` in pieces."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data) // width, [None, pa.py_buffer(data)])
 
 
 def ordered(table: pa.Table) -> NDArray[np.int64]:
     """The numbers of the rows, by content and then by captions; those without a content come last."""
     absent = table["content"].is_null().to_numpy()
-    first = np.ascontiguousarray(digests(table["content"])[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+    first = np.ascontiguousarray(as_bytes(table["content"])[:, :8]).view(">u8")[:, 0].astype(np.uint64)
     first[absent] = np.iinfo(np.uint64).max
     order = np.lexsort((first, absent)) if absent.any() else np.argsort(first, kind="stable")
     same = first[order[1:]] == first[order[:-1]]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from nai_xl.data.rows import table_of
 
 SCHEMA = pa.schema([pa.field("path", pa.binary()), pa.field("kind", pa.string()), pa.field("reason", pa.string())])
 AT_ONCE = 1 << 16  # rows that are written, or turned into a table, at a time
@@ -38,14 +40,12 @@ class SkippedFiles(Sequence[Skipped]):
         if isinstance(rows, SkippedFiles):
             return rows
         given = list(rows)
-        if not given:  # making columns of lists imports pandas
-            return cls(pa.Table.from_arrays([pa.nulls(0, one.type) for one in SCHEMA], schema=SCHEMA))
-        columns = [
+        columns: list[Any] = [
             [os.fsencode(row.path) for row in given],
             [row.kind for row in given],
             [row.reason for row in given],
         ]
-        return cls(pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA))
+        return cls(table_of(SCHEMA, columns))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -112,9 +112,7 @@ class Noted:
             self._flush()
 
     def _flush(self) -> None:
-        columns: Iterator[tuple[object, ...]] = zip(*self.rows, strict=True)
-        arrays = [pa.array(column, f.type) for column, f in zip(columns, SCHEMA, strict=True)]
-        self.tables.append(pa.table(arrays, schema=SCHEMA))
+        self.tables.append(table_of(SCHEMA, [*zip(*self.rows, strict=True)]))
         self.rows.clear()
 
     def table(self) -> pa.Table:

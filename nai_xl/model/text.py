@@ -37,9 +37,9 @@ class TextEncoding:
     def __post_init__(self) -> None:
         _refuse_none(self.chunks)
 
-    def kept_as(self, computed: torch.dtype) -> Literal["fp32", "bf16"]:
-        """The dtype in the cache, for a network that computes in `computed`."""
-        return self.dtype or ("bf16" if computed == torch.bfloat16 else "fp32")
+    def kept_as(self, compute_dtype: torch.dtype) -> Literal["fp32", "bf16"]:
+        """The dtype in the cache, for a network that computes in `compute_dtype`."""
+        return self.dtype or ("bf16" if compute_dtype == torch.bfloat16 else "fp32")
 
 
 @dataclass(frozen=True)

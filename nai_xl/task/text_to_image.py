@@ -112,7 +112,7 @@ class TextToImage:
         """Fill the cache, leave out what could not be read, and say which keys training reads."""
         # a run that goes on has what it began with, whatever has become of defaults and the cache
         begun = read_statistics(run.latents) if run.latents.is_file() else None
-        default: Stored = begun[2] if begun else "bf16" if self.computed is torch.bfloat16 else "fp32"
+        default: Stored = begun[2] if begun else "bf16" if self.compute_dtype is torch.bfloat16 else "fp32"
         stored: Stored = self.latents.stored or default
         encoder = Encoder(self.components, cache, self.latents.dtype, strategy.device, stored, strategy.team)
         bucketing = self.bucketing.merged(index.items.sizes, self.run.chunk_size(strategy.world))
@@ -149,7 +149,9 @@ class TextToImage:
         """How texts are found in the cache; None where they are encoded in the steps, for which all is made ready."""
         if self.text.in_step:
             parts, device = self.components, encoder.device
-            self.live = LiveEncoders.of(parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.computed)
+            self.live = LiveEncoders.of(
+                parts.tokenizers, parts.text_encoders, self.text.chunks, device, self.compute_dtype
+            )
             return None
         return encoder.encode_captions(lambda: self._texts(index, held), *self._kept)
 
@@ -159,7 +161,7 @@ class TextToImage:
     @property
     def _kept(self) -> tuple[int, Literal["fp32", "bf16"]]:
         """What encoded texts depend on."""
-        return self.text.chunks, self.text.kept_as(self.computed)
+        return self.text.chunks, self.text.kept_as(self.compute_dtype)
 
     def _texts(self, index: Index, held: Sequence[Item]) -> Iterator[str]:
         """All texts that a run may read from the cache, some of them more than once."""
@@ -177,7 +179,7 @@ class TextToImage:
         return TextImages(encoded, self.captions, self.noise, strata, self.run, world, tokens, stored)
 
     @property
-    def computed(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """What the network computes in."""
         set_by_action = (action.weights_in for action in self.memory if action.weights_in is not None)
         autocast = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision.autocast]
@@ -190,15 +192,15 @@ class TextToImage:
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, module: nn.Module, batch: Batch) -> Losses:
-        values, level = self.objective(module, self._told(batch))
+        values, level = self.objective(module, self._conditioned(batch))
         return Losses(values, level.t)
 
-    def _told(self, batch: Batch) -> Batch:
+    def _conditioned(self, batch: Batch) -> Batch:
         """The batch with the conditions of its texts, in a precision that the network takes."""
         if self.live:
             batch = self.live.encoded(batch)
         # bfloat16 is what autocast, or a network in it, would round them to; autocast to float16 takes float32 too
-        type = torch.bfloat16 if self.computed == torch.bfloat16 else torch.float32
+        type = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
         return replace(batch, context=batch.context.to(type), pooled=batch.pooled.to(type))
 
     def traced(self, data: TextImages, sample: Sample, seed: int) -> Traced:

@@ -49,7 +49,7 @@ class DatasetsSource(Limited):
             which = columns.found(schema.names, self.image, self.caption, places.name(files[0]))
         stamps = places.stamps("data.dir", files)
         found = gathered("data.dir", ["datasets", *which], files, stamps, partial(read_stream, which=which))
-        return self.settled(found.index(self.limits, places.Ranges(tuple(files))))
+        return self.settled(found.index(self, places.Ranges(tuple(files))))
 
 
 def saved_files(folder: str, split: str | None) -> list[str]:

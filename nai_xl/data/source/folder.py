@@ -21,13 +21,13 @@ from nai_xl.data.index import Index, refuse_empty
 from nai_xl.data.rows import Rows, ordered
 from nai_xl.data.skipped import OTHER, SkippedFiles, shown
 from nai_xl.data.source.caption_files import Tables
-from nai_xl.data.source.limits import Choice, Encoding, Limited, Limits, faults, in_order
+from nai_xl.data.source.limits import Choice, Encoding, Limited, faults, in_order
 from nai_xl.data.source.listing import ARCHIVES, Few, Listing, list_folder, parts_of, wait_for_clock
 from nai_xl.data.source.reading import FACTS, Known, Reader, known
 from nai_xl.errors import UserError
 from nai_xl.files import user_cache
 
-VERSION = 3  # raise it whenever what a scan reads of a file changes
+VERSION = 4  # raise it whenever what a scan reads of a file changes
 PART = 4096  # images in a part: what a killed scan may lose
 HOW = (
     "a folder of images, each with a caption in a .txt, .caption or .json file of the same name or in a "
@@ -63,7 +63,7 @@ class FolderSource(Limited):
         reader = Reader(root, self.encoding, self.caption_lines, Tables(root, listing.tables, self.encoding))
         key = content_key(VERSION, self.dir.resolve(), self.encoding, self.caption_lines)
         facts = gathered(user_cache() / "index" / key, listing, now, reader)
-        index = _chosen(self.dir, listing, facts, self.limits)
+        index = _chosen(self.dir, listing, facts, self)
         refuse_empty(index, f"data.dir={self.dir}")
         return self.settled(index)
 
@@ -178,7 +178,7 @@ def _to_be_read_again(listing: Listing, faulty: pa.Table) -> Listing:
 # --- what is used of them ---------------------------------------------------------------------------------------------
 
 
-def _chosen(folder: Path, listing: Listing, facts: Facts, limits: Limits) -> Index:
+def _chosen(folder: Path, listing: Listing, facts: Facts, limits: Limited) -> Index:
     choice = Choice(facts.usable, limits)
     skipped = in_order([listing.noted.table(), faults(facts.faulty), *choice.skipped])
     rows = choice.of(_rows(facts, folder))

@@ -19,7 +19,7 @@ from nai_xl.data.index_file import built, is_whole, mapped, newest
 from nai_xl.data.rows import Rows, Store
 from nai_xl.data.skipped import OTHER, SkippedFiles, shown
 from nai_xl.data.source import places
-from nai_xl.data.source.limits import Choice, Limits, faults, in_order
+from nai_xl.data.source.limits import Choice, Limited, faults, in_order
 from nai_xl.data.source.part import SHARD
 from nai_xl.errors import UserError, one_line
 from nai_xl.files import user_cache
@@ -35,7 +35,7 @@ class Gathered:
     file: Path
     where: str
 
-    def index(self, limits: Limits, store: Store) -> Index:
+    def index(self, limits: Limited, store: Store) -> Index:
         """What is within the limits. Raises UserError where nothing is."""
         whole = mapped(self.file)
         usable = int(whole.schema.metadata[b"usable"])

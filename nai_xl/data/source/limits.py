@@ -30,16 +30,6 @@ def _encoding(name: str) -> str:
 Encoding = Annotated[str, AfterValidator(_encoding)]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What is skipped: a smaller side in pixels, more million pixels, more bytes of a caption, blank captions."""
-
-    min_side: int
-    max_megapixels: float
-    max_caption: int
-    blank: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Limited:
     """The settings that sources of images share.
@@ -63,10 +53,6 @@ class Limited:
         index.on_change = self.on_change
         return index.hold_out(self.held_out)
 
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.min_side, self.max_megapixels, self.max_caption, self.blank_captions == "skip")
-
 
 @dataclass
 class Choice:
@@ -76,7 +62,7 @@ class Choice:
     """
 
     table: pa.Table
-    limits: Limits
+    limits: Limited
     kept: NDArray[np.bool_] = field(init=False)
     skipped: list[pa.Table] = field(default_factory=list)  # of skipped.SCHEMA
 
@@ -94,7 +80,7 @@ class Choice:
         caption = _joined("caption of ", table["_longest"], " bytes")
         allowed = f"data.max_caption is {limits.max_caption}"
         self._skip(longest > limits.max_caption, "caption too long", caption, allowed)
-        if limits.blank:
+        if limits.blank_captions == "skip":
             blank = pa.chunked_array([pa.array(["blank caption"] * len(table), pa.string())])
             self._skip(longest == 0, "blank caption", blank, "data.blank_captions is skip")
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from operator import attrgetter
 from pathlib import Path
@@ -75,18 +75,12 @@ class Listing:
     def take(self, where: NDArray[Any]) -> Listing:
         """The images where `where` is true, or of these numbers."""
         numbers = np.flatnonzero(where) if where.dtype == np.bool_ else where
-        return Listing(
-            self.names.take(pa.array(numbers)),
-            self.stamps[numbers],
-            self.kinds[numbers],
-            self.table[numbers],
-            self.tables,
-            self.noted,
-            self.others,
-            self.twins,
-            self.doubled,
-            self.apart,
-            self.images,
+        return replace(
+            self,
+            names=self.names.take(pa.array(numbers)),
+            stamps=self.stamps[numbers],
+            kinds=self.kinds[numbers],
+            table=self.table[numbers],
         )
 
     def __len__(self) -> int:

@@ -15,23 +15,20 @@ from numpy.typing import NDArray
 
 from nai_xl.data.colour import Profile
 from nai_xl.data.images import READER, UNREADABLE, look, why
-from nai_xl.data.rows import SCHEMA
+from nai_xl.data.rows import SCHEMA, as_bytes, of_bytes
 from nai_xl.data.skipped import shown
 from nai_xl.data.source.caption_files import NoCaption, Tables, decoded, lines_of, of_json
 from nai_xl.data.source.listing import SUFFIX_OF, Kind, Listing
+from nai_xl.data.source.part import NOTES
 from nai_xl.errors import one_line
 
 PART = 64  # files that a thread reads at a time
 STAMP = 24  # bytes: three numbers of 64 bits
-NOTES = [
-    pa.field("_fault", pa.string()),  # why the image cannot be used, if so; its content is null then
-    pa.field("_kind", pa.string()),  # the same in a word or two
+OF_FILES = (
     pa.field("_stamp", pa.binary(2 * STAMP)),  # zeros: to be looked at again at the next start
     pa.field("_source", pa.uint8()),  # listing.Kind
-    pa.field("_longest", pa.int32()),  # bytes of the longest caption
-    pa.field("_profile", pa.uint8()),  # colour.Profile
-]
-FACTS = pa.schema([*SCHEMA, *NOTES])
+)
+FACTS = pa.schema([*SCHEMA, *NOTES, *OF_FILES])
 """An index file of a folder."""
 
 
@@ -75,7 +72,7 @@ def known(table: pa.Table, listing: Listing) -> Known:
     at = np.where(found < 0, 0, found)
     if not len(table):
         return Known.nothing(len(listing))
-    stamps = _stamps_of(table)[at]
+    stamps = as_bytes(table["_stamp"]).view(np.int64)[at]
     picture = (found >= 0) & (stamps[:, :3] == listing.stamps[:, :3]).all(axis=1)
     caption = (found >= 0) & (stamps[:, 3:] == listing.stamps[:, 3:]).all(axis=1)
     caption &= table["_source"].to_numpy()[at] == listing.kinds
@@ -84,13 +81,6 @@ def known(table: pa.Table, listing: Listing) -> Known:
     whole = picture & caption & (usable | same_reader)
     numbers = found.astype(np.int64)
     return Known(table, *(np.where(mask, numbers, -1) for mask in (whole, picture & usable, caption & usable)))
-
-
-def _stamps_of(table: pa.Table) -> NDArray[np.int64]:
-    """[N,6] of an index file."""
-    chunks = [c for c in table["_stamp"].chunks if len(c)]
-    parts = [np.frombuffer(c.buffers()[1], np.int64).reshape(-1, 6)[c.offset : c.offset + len(c)] for c in chunks]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -183,9 +173,9 @@ def _table(listing: Listing, rows: Sequence[Row]) -> pa.Table:
         listing.names,
         pa.array([row.fault for row in rows], pa.string()),
         pa.array([row.kind for row in rows], pa.string()),
-        pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * STAMP), len(rows), [None, pa.py_buffer(stamps.tobytes())]),
-        pa.array(listing.kinds, pa.uint8()),
         pa.array(longest, pa.int32()),
         pa.array([row.profile for row in rows], pa.uint8()),
+        of_bytes(stamps.tobytes(), 2 * STAMP),
+        pa.array(listing.kinds, pa.uint8()),
     ]
     return pa.table(columns, schema=FACTS)

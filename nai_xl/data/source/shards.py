@@ -46,7 +46,7 @@ class ShardsSource(Limited):
         texts = Texts(self.encoding, self.caption_lines, self.max_caption)
         stamps = places.stamps("data.files", files)
         found = gathered("data.files", ["shards", *texts], files, stamps, partial(read_shard, texts=texts))
-        return self.settled(found.index(self.limits, places.Ranges(tuple(files))))
+        return self.settled(found.index(self, places.Ranges(tuple(files))))
 
 
 class Texts(NamedTuple):

@@ -57,7 +57,7 @@ class TableSource(Limited):
         pairs = zip(files, places.stamps("data.files", files), strict=True)
         stamps = [stamp + _mark(where, which) for where, stamp in pairs]
         found = gathered("data.files", ["table", *which], files, stamps, partial(read_table, which=which))
-        index = found.index(self.limits, RowGroups(tuple(files), which.image))
+        index = found.index(self, RowGroups(tuple(files), which.image))
         index.remarks = [*_costly(mapped(found.file)), *index.remarks]
         return self.settled(index)
 
